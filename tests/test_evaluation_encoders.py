@@ -8,7 +8,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torchvision import transforms
 from transformers import ViTConfig, ViTModel
 
@@ -176,3 +176,14 @@ def test_a_missing_weight_file_is_one_sentence_that_names_the_setting(weights, t
     ) as error:
         load_encoders(params.section("evaluation"), toybox=tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_weights_that_lack_a_layer_are_refused_and_a_missing_pooler_is_not(weights, tmp_path):
+    for name in ("whole", "cut"):
+        ViTModel(vit(64), add_pooling_layer=False).save_pretrained(tmp_path / name)
+    DinoEncoder(str(tmp_path / "whole"))
+    state = load_file(tmp_path / "cut" / "model.safetensors")
+    gone = next(key for key in state if "layer.1." in key or "layers.1." in key)
+    save_file({k: v for k, v in state.items() if k != gone}, tmp_path / "cut" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(EncoderError, match="its weights lack .*1"):
+        DinoEncoder(str(tmp_path / "cut"))

@@ -6,6 +6,7 @@ names its weights wherever they lie: results of encoders with the same id may st
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 from transformers import AutoModel
+from transformers.utils import logging as transformers_logging
 
 from focusdpo_lib.evaluation.benchmark import open_image
 from focusdpo_lib.params import Evaluation
@@ -59,7 +61,8 @@ def load_encoders(settings: Evaluation, device: str = "cpu", toybox: Path = TOYB
         return Encoders(dino, clip)
     folder = toybox_folder("reader", settings.reader, toybox)
     try:
-        reader = Reader.from_pretrained(folder, local_files_only=True).eval().to(device)
+        with redirect_stdout(None):  # the hub's mixin prints that it loads
+            reader = Reader.from_pretrained(folder, local_files_only=True).eval().to(device)
     except (OSError, ValueError, TypeError) as error:
         raise EncoderError(_cannot_load("reader", folder, error)) from None
     return Encoders(dino, clip, reader.read, _identity(folder))
@@ -86,9 +89,14 @@ class DinoEncoder:
 
     def __init__(self, model: str, device: str = "cpu", batch_size: int = 64):
         try:
-            self.model = AutoModel.from_pretrained(model).eval().to(device)
+            with _quietly():
+                loaded, report = AutoModel.from_pretrained(model, output_loading_info=True)
         except (OSError, ValueError) as error:
             raise EncoderError(_cannot_load("dino", model, error)) from None
+        # Many ViTs are published without a pooler; the score is of the CLS token and never uses it.
+        if missing := sorted(key for key in report["missing_keys"] if not key.startswith("pooler.")):
+            raise EncoderError(_cannot_load("dino", model, f"its weights lack {', '.join(missing[:3])}"))
+        self.model = loaded.eval().to(device)
         self.id, self.device, self.batch_size = _identity(model), device, batch_size
         size = self.model.config.image_size
         # Published: 256 → 224, also for DINOv2. A model that is smaller (the toybox's) sees the whole image instead.
@@ -153,6 +161,20 @@ def to_pixels(pictures: Sequence[Picture]) -> torch.Tensor:
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+@contextmanager
+def _quietly():
+    """Without transformers' progress bar and report of missing keys: the caller looks at the report itself."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
 def _opened(picture: Picture) -> Image.Image:
     return picture.convert("RGB") if isinstance(picture, Image.Image) else open_image(picture)
 
@@ -183,7 +205,7 @@ def _identity(model: str) -> str:
     return f"{folder.name}@{digest.hexdigest()[:12]}"
 
 
-def _cannot_load(kind: str, model: str, error: Exception) -> str:
+def _cannot_load(kind: str, model: str, error: Exception | str) -> str:
     reason = str(error).strip().split("\n")[0]
     return (
         f"evaluation.{kind} = '{model}' cannot be loaded ({reason}): "

@@ -4,7 +4,6 @@ It is to the toybox what a panel of human judges is to the real benchmark, so it
 measured (`measure_reader`) and stated in the model card.
 """
 
-from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -250,40 +249,3 @@ def _compare(found: list[list[dict]], labels: np.ndarray, places: np.ndarray | N
                 distances.append(world.SCENE_SIZE * abs(subject["x"] - places[i, slot, 0]))
     means = dict(zip(VALUES, right.mean((0, 1)).tolist(), strict=True))
     return means | {"count": float(np.mean(counted)), "x_error": float(np.mean(distances)) if distances else np.nan}
-
-
-def match(found: list[dict], expected: list[world.Identity]) -> list[dict | None]:
-    """For each expected identity the subject found that fits it best, or None: classes first, then the attributes.
-
-    Among all one-to-one assignments, the one with most right classes; among those, with most right attributes.
-    """
-    candidates = [*found, *[None] * len(expected)]
-
-    def agreement(assignment):
-        pairs = [(read, identity) for read, identity in zip(assignment, expected, strict=True) if read]
-        classes = sum(read["class_name"] == identity.class_name for read, identity in pairs)
-        return classes, sum(read[name] == getattr(identity, name) for read, identity in pairs for name in VALUES)
-
-    return list(max(permutations(candidates, len(expected)), key=agreement))
-
-
-def attribute_accuracy(found: list[dict], expected: list[world.Identity]) -> list[float]:
-    """For each expected identity, the share of its five attributes that the matched subject has; 0 if missing."""
-    return [
-        0.0 if read is None else float(np.mean([read[name] == getattr(identity, name) for name in VALUES]))
-        for read, identity in zip(match(found, expected), expected, strict=True)
-    ]
-
-
-def leakage(found: list[dict], expected: list[world.Identity]) -> float:
-    """Of the readings where two identities differ (base, accent, pattern, trim), the share that is the *other's* value.
-
-    A subject that was not found leaks nothing. NaN where the identities do not differ.
-    """
-    leaked = total = 0
-    for read, own, other in zip(match(found, expected), expected, expected[::-1], strict=True):
-        for name in ("base", "accent", "pattern", "trim"):
-            if getattr(own, name) != getattr(other, name):
-                total += 1
-                leaked += read is not None and read[name] == getattr(other, name)
-    return leaked / total if total else float("nan")
