@@ -185,5 +185,5 @@ def test_weights_that_lack_a_layer_are_refused_and_a_missing_pooler_is_not(weigh
     state = load_file(tmp_path / "cut" / "model.safetensors")
     gone = next(key for key in state if "layer.1." in key or "layers.1." in key)
     save_file({k: v for k, v in state.items() if k != gone}, tmp_path / "cut" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(EncoderError, match="its weights lack .*1"):
+    with pytest.raises(EncoderError, match=r"its weights lack .*1"):
         DinoEncoder(str(tmp_path / "cut"))

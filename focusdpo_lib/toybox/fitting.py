@@ -34,8 +34,11 @@ def fit(
     save_every_s: float = 120.0,
     log_every: int = 50,
     clip: float = 1.0,
+    decay_from: float = DECAY_FROM,
 ) -> list[dict]:
     """Minimises `loss_at(step)` over `steps` steps and returns the training curve.
+
+    The learning rate falls from its plateau over the last 1 − `decay_from` of the steps.
 
     `loss_at` must draw its batch and noise from a generator seeded by the step, so that a resumed run repeats what an
     unbroken one does. A checkpoint (weights, optimizers, curve) is replaced whole every `save_every_s` seconds in
@@ -44,12 +47,12 @@ def fit(
     raises ValueError. RuntimeError when the loss is not a number; the checkpoint stays.
     """
     path = Path(folder) / f"{name}.checkpoint"
-    start, curve = _load(path, steps, modules, optimizers) if path.exists() else (0, [])
+    start, curve = _load(path, steps, decay_from, modules, optimizers) if path.exists() else (0, [])
     parameters = [p for p in modules.parameters() if p.requires_grad]
     running: dict[str, list[float]] = {}
     begun = saved_at = time.monotonic()
     for step in range(start, steps):
-        _schedule(optimizers, step, steps)
+        _schedule(optimizers, step, steps, decay_from)
         loss, facts = loss_at(step)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, clip)
@@ -75,11 +78,11 @@ def fit(
     return curve
 
 
-def _schedule(optimizers: list[torch.optim.Optimizer], step: int, steps: int) -> None:
+def _schedule(optimizers: list[torch.optim.Optimizer], step: int, steps: int, decay_from: float) -> None:
     """Sets every group's learning rate; its peak is what the optimizer was made with."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, group.setdefault("peak", group["lr"]))
+            group["lr"] = learning_rate(step, steps, group.setdefault("peak", group["lr"]), decay_from=decay_from)
 
 
 def _save(path: Path, step: int, steps: int, modules: nn.ModuleDict, optimizers: list, curve: list[dict]) -> None:
@@ -94,10 +97,12 @@ def _save(path: Path, step: int, steps: int, modules: nn.ModuleDict, optimizers:
         torch.save(state, partial)
 
 
-def _load(path: Path, steps: int, modules: nn.ModuleDict, optimizers: list) -> tuple[int, list[dict]]:
+def _load(
+    path: Path, steps: int, decay_from: float, modules: nn.ModuleDict, optimizers: list
+) -> tuple[int, list[dict]]:
     """Puts a checkpoint into modules and optimizers; returns its step and curve."""
     state = torch.load(path, map_location="cpu", weights_only=True)
-    if state["steps"] != steps and state["step"] > DECAY_FROM * min(steps, state["steps"]):
+    if state["steps"] != steps and state["step"] > decay_from * min(steps, state["steps"]):
         raise ValueError(
             f"{path} holds a run of {state['steps']} steps, not {steps}, whose learning rate has begun to fall: "
             "delete it to start anew"

@@ -134,5 +134,5 @@ def train_flux(
         plain = error.mean().item()
         return (error * (1 + 4 * inside)).mean() / (1 + 4 * inside.mean()), {f"mse_{count}": plain}
 
-    curve = fit("flux_uno", modules, optimizers, loss_at, steps, folder, **options)
+    curve = fit("flux_uno", modules, optimizers, loss_at, steps, folder, decay_from=0.6, **options)
     return pipeline, curve
