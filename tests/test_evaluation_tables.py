@@ -246,3 +246,9 @@ def test_published_tables_have_the_paper_s_rows_and_the_copy_follows_from_the_or
     for metric, oracle in published.REAL_PHOTOS.items():
         copy = np.mean([1 / n + (1 - 1 / n) * oracle for n in photos])
         assert math.isclose(copy, published.COPY[metric], abs_tol=6e-4)
+
+
+def test_a_difference_shows_as_many_digits_as_it_takes_to_see_that_it_is_not_zero():
+    assert tables._signed(statistics.Estimate(0.0123, 0.008, 0.0166)) == "+0.012 [+0.008, +0.017]"
+    assert tables._signed(statistics.Estimate(-0.0012, -0.0021, -0.0003)) == "-0.0012 [-0.0021, -0.0003]"
+    assert tables._signed(statistics.Estimate(0.0001, 0.00004, 0.0002)) == "+0.00010 [+0.00004, +0.00020]"

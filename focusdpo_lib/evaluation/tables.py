@@ -93,8 +93,14 @@ def differences(result: pd.DataFrame) -> pd.DataFrame:
     kept = result[result["difference"].notna()]
     columns = ["difference", "difference_low", "difference_high"]
     estimates = [statistics.Estimate(*row) for row in kept[columns].itertuples(index=False)]
-    shown = [f"{e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]" for e in estimates]
-    return _pivot(kept, [NOT_DISTINGUISHABLE if e.contains_zero else s for e, s in zip(estimates, shown, strict=True)])
+    return _pivot(kept, [NOT_DISTINGUISHABLE if e.contains_zero else _signed(e) for e in estimates])
+
+
+def _signed(estimate: statistics.Estimate) -> str:
+    """ "+0.012 [+0.008, +0.016]", with as many digits as it takes to see that the interval is free of 0."""
+    digits = next((d for d in (3, 4) if all(round(value, d) for value in estimate)), 5)
+    value, low, high = (f"{number:+.{digits}f}" for number in estimate)
+    return f"{value} [{low}, {high}]"
 
 
 def text(result: pd.DataFrame) -> str:
