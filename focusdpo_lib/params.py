@@ -30,6 +30,7 @@ class Backbone(Section):
     subject_lora: str | None = None  # UNO's released LoRA file or hub id: part of the base, never switched off
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 wherever the device computes in it
     position_mode: Literal["d", "h", "w", "o"] = "d"  # UNO's offset of the reference position ids
+    sampling_shift: Literal["uno", "library"] = "uno"  # the token count that shifts a sampling run's times
 
 
 class Dip(Section):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -9,11 +10,11 @@ import pytest
 import torch
 from conftest import build_tiny_flux
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_training import load_tiny
 
 from focusdpo_lib import backbones, params
-from focusdpo_lib.backbones import BackboneError, Conditioning, FluxUno
+from focusdpo_lib.backbones import BackboneError, Conditioning, FluxUno, parity
 from focusdpo_lib.backbones.tokens import pack, position_ids, unpack
 
 FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures" / "uno"
@@ -134,10 +135,36 @@ def test_full_size_schedules_of_sampling_and_training_are_uno_s(uno):
     recorded = json.loads((FIXTURES / "schedules.json").read_text())
     for side in (512, 704):
         ours = backbone.sampling_times((side // 8, side // 8), 25)
-        assert (ours - torch.tensor(recorded[f"{side}x{side}x25"])).abs().max() < 1e-5
+        assert (ours - torch.tensor(recorded[f"{side}x{side}x25"])).abs().max() < 1e-6
     s, u = backbone.timestep_shift((64, 64)), torch.linspace(1, 0, 1000, dtype=torch.float64)
     assert math.log(s) == pytest.approx(0.63)
-    assert (s * u / (1 + (s - 1) * u) - torch.tensor(recorded["train_512"])).abs().max() < 1e-5
+    assert (s * u / (1 + (s - 1) * u) - torch.tensor(recorded["train_512"])).abs().max() < 1e-6
+
+
+def test_the_library_s_own_shift_counts_tokens_rightly():
+    pipeline = build_tiny_flux()
+    pipeline.register_modules(scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
+    for name, mu in (("uno", 0.5 + (16 - 256) * 0.65 / 3840), ("library", 0.5 + (1024 - 256) * 0.65 / 3840)):
+        times = FluxUno(pipeline, sampling_shift=name).sampling_times((64, 64), 2)
+        expected = math.exp(mu) / (math.exp(mu) + 1)  # of the even time 1/2; by hand: 0.459 and 0.63 for 512 × 512
+        assert times[1].item() == pytest.approx(expected, abs=1e-6)
+
+
+@needs_fixtures
+def test_parity_prints_every_deviation_and_fails_above_1e_5(tmp_path, capsys):
+    assert parity.main([str(FIXTURES / case) for case in CASES]) == 0
+    printed = capsys.readouterr().out
+    for name in ("position ids", "prediction", "sampling times", "sampled latents"):
+        assert printed.count(name) == 2
+    changed = tmp_path / "changed"
+    shutil.copytree(FIXTURES / "case1", changed)
+    io = load_file(changed / "io.safetensors")
+    save_file(io | {"denoised_packed": io["denoised_packed"] + 2e-5}, changed / "io.safetensors")
+    assert parity.main([str(changed)]) == 1
+    assert "ABOVE" in capsys.readouterr().out
+    (changed / "uno_lora.safetensors").unlink()
+    assert parity.main([str(changed)]) == 1
+    assert "lacks uno_lora.safetensors" in capsys.readouterr().err
 
 
 # --- What the backbone computes ---

@@ -64,6 +64,7 @@ def load(settings: params.Backbone, device: str | torch.device = "cpu") -> FluxU
             subject_lora=lora,
             precision=settings.precision,
             position_mode=settings.position_mode,
+            sampling_shift=settings.sampling_shift,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if "out of memory" in str(error):

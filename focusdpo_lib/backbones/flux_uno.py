@@ -5,6 +5,7 @@ References go through the same embedder as the target and share its timestep; on
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -38,19 +39,29 @@ def computes_in_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and bool(capabilities.get("avx512_bf16"))
 
 
+def load_subject_lora(pipeline: FluxPipeline, source: str | Path) -> None:
+    """Puts UNO's LoRA, as released, on the pipeline; `source` is the file, or a folder or hub id that holds it."""
+    path = Path(source)
+    folder, name = (str(path.parent), path.name) if path.suffix == ".safetensors" else (str(source), None)
+    pipeline.load_lora_weights(folder, weight_name=name, adapter_name="subject", use_safetensors=True)
+
+
 class FluxUno:
     """A FLUX pipeline with UNO's conditioning, frozen but for the adapter that `add_adapter` puts on it."""
 
-    def __init__(self, pipeline: FluxPipeline, *, precision: str = "auto", position_mode: str = "d"):
+    def __init__(
+        self, pipeline: FluxPipeline, *, precision: str = "auto", position_mode: str = "d", sampling_shift="uno"
+    ):
         self.pipeline = pipeline
         self.transformer, self.vae = pipeline.transformer, pipeline.vae
         for module in (self.transformer, self.vae, pipeline.text_encoder, pipeline.text_encoder_2):
-            module.requires_grad_(False).eval()
+            if module is not None:  # a pipeline without encoders predicts from what was encoded before
+                module.requires_grad_(False).eval()
         self.device = self.transformer.device
         auto = torch.bfloat16 if computes_in_bfloat16(self.device) else torch.float32
         self.precision = auto if precision == "auto" else getattr(torch, precision)
-        self.position_mode = position_mode
-        self.text_length = min(pipeline.tokenizer_2.model_max_length, 512)
+        self.position_mode, self.sampling_shift = position_mode, sampling_shift
+        self.text_length = min(pipeline.tokenizer_2.model_max_length, 512) if pipeline.tokenizer_2 else 512
         self.stride = pipeline.vae_scale_factor
         self.double_blocks = len(self.transformer.transformer_blocks)
 
@@ -59,9 +70,7 @@ class FluxUno:
         """Loads a pipeline folder or hub id (safetensors only) and, if given, the subject LoRA, a part of the base."""
         pipeline = FluxPipeline.from_pretrained(model, revision=revision, use_safetensors=True)
         if subject_lora is not None:
-            path = Path(subject_lora)
-            source, name = (str(path.parent), path.name) if path.suffix == ".safetensors" else (subject_lora, None)
-            pipeline.load_lora_weights(source, weight_name=name, adapter_name="subject", use_safetensors=True)
+            load_subject_lora(pipeline, subject_lora)
         return cls(pipeline.to(device), **settings)
 
     def autocast(self):
@@ -142,10 +151,12 @@ class FluxUno:
         """The scheduler, set to the (steps + 1,) times in [0, 1] of a sampling run for latents of `size` (H, W).
 
         UNO's sampling shifts by a token count of H W / 256 where its training, rightly, has H W / 4: mu is 0.459 and
-        not 0.63 for 512 × 512 pixels. Its published numbers come from there, so a shifted schedule does the same.
+        not 0.63 for 512 × 512 pixels. Its published numbers come from there, so a `sampling_shift` of "uno" does the
+        same; "library" counts as the training does. A model without resolution-dependent shift has neither.
         """
         scheduler = self.pipeline.scheduler
-        mu = self._mu(size[-2] * size[-1] // 256) if scheduler.config.use_dynamic_shifting else None
+        tokens = size[-2] * size[-1] // (256 if self.sampling_shift == "uno" else 4)
+        mu = self._mu(tokens) if scheduler.config.use_dynamic_shifting else None
         scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist(), device=self.device, mu=mu)
         return scheduler.sigmas
 
@@ -200,7 +211,8 @@ class FluxUno:
         """Puts a fresh LoRA on the transformer, the only (float32) weights with gradients; B = 0: no change yet."""
         config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=targets or LORA_TARGETS)
         others = self._without_adapter()
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # the subject LoRA's, rightly
             torch.manual_seed(seed)
             self.transformer.add_adapter(config, ADAPTER)
         self.transformer.set_adapter([*others, ADAPTER])
