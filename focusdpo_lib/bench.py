@@ -55,7 +55,7 @@ def step_seconds(
 
     @torch.no_grad()
     def forward(watched):
-        tap = new_tap(backbone, masks, len(draw.rows)) if watched else None
+        tap = new_tap(backbone, masks, len(draw.rows), pairs.token_grid) if watched else None
         with backbone.reference_model():
             backbone.predict(noised, draw.t.to(backbone.device), condition, taps=tap)
         if watched:

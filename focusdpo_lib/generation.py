@@ -11,7 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from focusdpo_lib import params
-from focusdpo_lib.backbones import FluxUno
+from focusdpo_lib.backbones import Backbone
 from focusdpo_lib.evaluation.benchmark import Benchmark, Case, open_image
 from focusdpo_lib.runs import atomic
 
@@ -51,7 +51,7 @@ def save_images(pixels: torch.Tensor, paths: Sequence[Path]) -> None:
 
 
 def generate(
-    backbone: FluxUno,
+    backbone: Backbone,
     benchmark: Benchmark,
     folder: Path,
     settings: params.Generation,

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from focusdpo_lib import params
-from focusdpo_lib.backbones import Conditioning, FluxUno
+from focusdpo_lib.backbones import Backbone, Conditioning
 from focusdpo_lib.dip.dataset import DatasetError, Pair
 from focusdpo_lib.masks import detail_field, prior_tokens, to_grid
 from focusdpo_lib.objectives import patch_quality
@@ -43,7 +43,7 @@ def pixels(images: Sequence[np.ndarray]) -> torch.Tensor:
 
 
 def prepare(
-    backbone: FluxUno,
+    backbone: Backbone,
     pairs: Sequence[Pair],
     masks: params.Masks,
     *,
@@ -84,7 +84,7 @@ def _check_sizes(pair: Pair, expected: tuple[tuple[int, int], ...], multiple: in
         )
 
 
-def _prepare(backbone: FluxUno, pairs: list[Pair], masks: params.Masks, patches: PatchEncoder | None) -> PreparedPairs:
+def _prepare(backbone: Backbone, pairs: list[Pair], masks: params.Masks, patches: PatchEncoder | None) -> PreparedPairs:
     win, lose = pixels([p.win for p in pairs]), pixels([p.lose for p in pairs])
     latents = backbone.encode_images(win).cpu()
     grid, size = backbone.token_grid(latents.shape[-2:]), latents.shape[-2:]

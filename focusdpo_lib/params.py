@@ -24,13 +24,23 @@ class Section(BaseModel):
 
 
 class Backbone(Section):
-    family: Literal["flux_uno"] = "flux_uno"
+    family: Literal["flux_uno", "sdxl_ip"] = "flux_uno"
     model: str = "toybox"  # a pipeline folder or hub id; "toybox" is the model shipped with the package
     revision: str | None = None
-    subject_lora: str | None = None  # UNO's released LoRA file or hub id: part of the base, never switched off
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 wherever the device computes in it
+
+    # flux_uno
+    subject_lora: str | None = None  # UNO's released LoRA file or hub id: part of the base, never switched off
     position_mode: Literal["d", "h", "w", "o"] = "d"  # UNO's offset of the reference position ids
     sampling_shift: Literal["uno", "library"] = "uno"  # the token count that shifts a sampling run's times
+
+    # sdxl_ip
+    ip_adapter: str | None = None  # folder or hub id with the IP-Adapter's weights and image encoder
+    ip_weights: str = "sdxl_models/ip-adapter-plus_sdxl_vit-h.safetensors"  # in it
+    ip_encoder: str = "models/image_encoder"  # in it
+    ip_scale: float = Field(1.0, ge=0)  # PatchDPO's protocol: 0.78 with all references, 0.65 with one
+    image_tokens: Literal["concatenate", "average"] = "concatenate"  # of several references; average: PatchDPO's
+    negative_prompt: str = ""  # of guided sampling
 
 
 class Dip(Section):
@@ -85,6 +95,7 @@ class Training(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     timesteps: Literal["uniform", "uno_shift", "logit_normal"] = "uniform"  # R15
     checkpoint_every: int = Field(50, gt=0)
+    gradient_checkpointing: bool = False  # slower, and most of the activations' memory less
     seed: int = 0
     lora: Lora = Lora()
 

@@ -142,6 +142,7 @@ def search(path: Path, results: Path, objectives: Sequence[str] | None = None) -
 def _write(rows: pd.DataFrame, path: Path, keep: bool) -> None:
     """Writes the table; `keep`: rows of other trials that are there already stay."""
     key = ["objective", "learning_rate", "steps", "beta"]
+    rows = rows.reindex(columns=[*key, *rows.columns.drop(key, errors="ignore")])  # the base alone has none of them
     if keep and path.exists():
         rows = pd.concat([rows, pd.read_csv(path)]).drop_duplicates(key)
     with atomic(path) as partial:

@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from focusdpo_lib import params
-from focusdpo_lib.backbones import FluxUno
+from focusdpo_lib.backbones import Backbone
 from focusdpo_lib.checkpoints import CHECKPOINT, LOG, append_log, cut_log, resume, save_checkpoint
 from focusdpo_lib.masks import CorrespondenceTap, Focus, focus_field
 from focusdpo_lib.objectives import Objective, flow_weight, patchdpo_loss, preference_loss, sft_loss
@@ -104,7 +104,7 @@ def draws(
 
 
 def focus_masks(
-    backbone: FluxUno, tap: CorrespondenceTap, pairs: PreparedPairs, rows: torch.Tensor, settings: params.Masks
+    backbone: Backbone, tap: CorrespondenceTap, pairs: PreparedPairs, rows: torch.Tensor, settings: params.Masks
 ) -> Focus:
     """COMPUTEMASKS and steps 2–3 of Algorithm 1, from a tap that watched the winners of `rows`."""
     return focus_field(
@@ -118,21 +118,21 @@ def focus_masks(
     )
 
 
-def new_tap(backbone: FluxUno, settings: params.Masks, winners: int) -> CorrespondenceTap:
-    """A tap on the first `winners` samples of a batch and on the layers that the settings name."""
+def new_tap(backbone: Backbone, settings: params.Masks, winners: int, grid: tuple[int, int]) -> CorrespondenceTap:
+    """A tap on the first `winners` samples of a batch and on the layers that the settings name; scores on `grid`."""
     layers = backbone.attention_layers(settings.layers)
-    return CorrespondenceTap(layers, settings.similarity, slice(0, winners), features=settings.features)
+    return CorrespondenceTap(layers, settings.similarity, slice(0, winners), grid, settings.features)
 
 
 def step_objective(
-    backbone: FluxUno, pairs: PreparedPairs, draw: Draw, objective: params.Objective, masks: params.Masks
+    backbone: Backbone, pairs: PreparedPairs, draw: Draw, objective: params.Objective, masks: params.Masks
 ) -> tuple[Objective, Focus | None]:
     """The loss of one batch under the policy, and the masks that weighted it (FocusDPO only)."""
     device, b = backbone.device, len(draw.rows)
     noise, t = draw.noise.to(device), draw.t.to(device)
     win, lose = pairs.win[draw.rows].to(device), pairs.lose[draw.rows].to(device)
     condition = pairs.conditioning[draw.rows].to(device)
-    weight = flow_weight(t, objective.flow_weight)
+    weight = flow_weight(t, objective.flow_weight) if backbone.predicts == "velocity" else None
     target_win, target_lose = backbone.target(win, noise, t), backbone.target(lose, noise, t)
     noised_win = backbone.noised(win, noise, t)
     if objective.name == "sft":
@@ -145,7 +145,7 @@ def step_objective(
         loss = patchdpo_loss(policy[:b], policy[b:], target_win, target_lose, *maps, weight=weight)
         return loss, None
 
-    tap = new_tap(backbone, masks, b) if objective.name == "focusdpo" else None
+    tap = new_tap(backbone, masks, b, pairs.token_grid) if objective.name == "focusdpo" else None
     of_reference = masks.network == "reference"
     with torch.no_grad(), backbone.reference_model():
         reference = backbone.predict(noised, both_t, both, taps=tap if of_reference else None)
@@ -190,7 +190,7 @@ def log_rows(
 
 
 def train(
-    backbone: FluxUno,
+    backbone: Backbone,
     data: dict[int, PreparedPairs],
     folder: Path,
     *,
@@ -209,6 +209,8 @@ def train(
     if objective.name == "patchdpo" and any(pairs.quality is None for pairs in data.values()):
         raise TrainingError("PatchDPO needs patch qualities: prepare the pairs with a vision encoder (patches=…)")
     backbone.add_adapter(training.lora.rank, training.lora.alpha, training.lora.targets, seed=training.seed)
+    if training.gradient_checkpointing:  # recomputed in the backward pass, after reference_model() has been left
+        backbone.network.enable_gradient_checkpointing()
     weights = backbone.adapter_parameters()
     optimizer = torch.optim.AdamW(weights, lr=training.learning_rate, weight_decay=training.weight_decay)
     first = resume(folder, weights, optimizer)

@@ -555,3 +555,39 @@ def test_patchdpo_without_quality_maps_says_what_is_missing(prepared, tiny_flux,
     data = {count: replace(pairs, quality=None) for count, pairs in prepared.items()}
     with pytest.raises(TrainingError, match="prepare the pairs with a vision encoder"):
         tiny_train(tiny_flux, data, tmp_path, "patchdpo", steps=1)
+
+
+@pytest.mark.parametrize("network", ["reference", "policy"])
+def test_gradient_checkpointing_gives_the_same_gradients_and_masks(prepared, policy, network):
+    def gradients():
+        loss, focus = one_step(
+            policy, prepared[2], a_draw(prepared[2]), {"network": network}, name="focusdpo", beta=50.0
+        )
+        loss.loss.backward()
+        found = [p.grad.clone() for p in policy.adapter_parameters()]
+        for parameter in policy.adapter_parameters():
+            parameter.grad = None
+        return found, focus.focus
+
+    expected, focus = gradients()
+    policy.network.enable_gradient_checkpointing()  # runs each block again, under whatever adapter is then switched on
+    again, focus_again = gradients()
+    assert max(g.abs().max() for g in expected) > 1e-4
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(expected, again, strict=True))
+    assert torch.equal(focus, focus_again)
+
+
+def test_bfloat16_lora_weights_would_not_move_at_the_paper_s_learning_rates():
+    """R16: Adam moves a weight by about lr a step; bf16 keeps 8 bits, so near 0.02 the next number is 6e-5 away."""
+
+    def moved(dtype, lr, steps=20):
+        weight = torch.full((1000,), 0.02, dtype=dtype, requires_grad=True)
+        start, optimizer = weight.detach().clone(), torch.optim.AdamW([weight], lr=lr, weight_decay=0.0)
+        for _ in range(steps):
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+        return (weight.detach() - start).abs().max().item()
+
+    for lr in (1e-8, 1e-5):
+        assert moved(torch.bfloat16, lr) == 0
+        assert moved(torch.float32, lr) == pytest.approx(20 * lr, rel=0.05 if lr > 1e-6 else 0.5)

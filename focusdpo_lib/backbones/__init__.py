@@ -12,11 +12,14 @@ from safetensors import SafetensorError
 from focusdpo_lib import params
 from focusdpo_lib.backbones.conditioning import Conditioning
 from focusdpo_lib.backbones.flux_uno import FluxUno
+from focusdpo_lib.backbones.sdxl_ip import SdxlIp
 
-__all__ = ["BackboneError", "Conditioning", "FluxUno", "load"]
+__all__ = ["Backbone", "BackboneError", "Conditioning", "FluxUno", "SdxlIp", "load"]
+
+Backbone = FluxUno | SdxlIp
 
 SHIPPED = Path(__file__).parent.parent / "toybox" / "weights"
-FAMILIES = {"flux_uno": FluxUno}
+FAMILIES = {"flux_uno": FluxUno, "sdxl_ip": SdxlIp}
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*(?<!\.safetensors)")
 
 
@@ -36,50 +39,60 @@ def identity(settings: params.Backbone) -> Path | str:
 
 
 def inputs(settings: params.Backbone) -> dict[str, Path | str]:
-    """The inputs of a run that uses this backbone: the model, and the subject LoRA where there is one."""
+    """The inputs of a run that uses this backbone: the model, and the subject LoRA or IP-Adapter where there is one."""
     found: dict[str, Path | str] = {"model": identity(settings)}
-    if settings.subject_lora is not None:
-        lora = Path(settings.subject_lora)
-        found["subject_lora"] = lora if lora.exists() else settings.subject_lora
+    for name in ("subject_lora", "ip_adapter"):
+        if (value := getattr(settings, name)) is not None:
+            found[name] = Path(value) if Path(value).exists() else value
     return found
 
 
-def load(settings: params.Backbone, device: str | torch.device = "cpu") -> FluxUno:
+def load(settings: params.Backbone, device: str | torch.device = "cpu") -> Backbone:
     """The backbone that the settings name, frozen and in evaluation mode, on a device.
 
-    Raises BackboneError when a model or LoRA is missing, incomplete or out of reach.
+    Raises BackboneError when a model, LoRA or IP-Adapter is missing, incomplete or out of reach.
     """
-    model, lora = model_path(settings), settings.subject_lora
+    model, extras = model_path(settings), _extras(settings)
     remedy = "run `make toybox-weights`" if settings.model == "toybox" else "correct backbone.model"
     _check(model, "model_index.json", f"the model {model}", remedy)
-    if lora is not None:
-        _check(lora, "", f"the subject LoRA {lora}", "correct backbone.subject_lora")
+    for name, needed in (("subject_lora", ""), ("ip_adapter", settings.ip_weights)):
+        if (source := extras.get(name)) is not None:
+            _check(source, needed, f"the {WORDS[name]} {source}", f"correct backbone.{name}")
     if Path(model).is_dir():
         _quiet()
     try:
         return FAMILIES[settings.family].from_pretrained(
-            model,
-            device=device,
-            revision=settings.revision,
-            subject_lora=lora,
-            precision=settings.precision,
-            position_mode=settings.position_mode,
-            sampling_shift=settings.sampling_shift,
+            model, device=device, revision=settings.revision, precision=settings.precision, **extras
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if "out of memory" in str(error):
             raise
         reason = " ".join(str(error).split())[:300].rstrip(". ")
-        what = f"the model {model}" + (f" with the subject LoRA {lora}" if lora else "")
+        with_these = [f"the {WORDS[name]} {extras[name]}" for name in WORDS if extras.get(name)]
+        what = " with ".join([f"the model {model}", *with_these])
         advice = "fetch it again" if Path(model).is_dir() else "go online, or name a folder that holds it"
         raise BackboneError(f"{what} cannot be loaded ({reason}): {advice}, or {remedy}") from error
+
+
+WORDS = {"subject_lora": "subject LoRA", "ip_adapter": "IP-Adapter"}
+
+
+def _extras(settings: params.Backbone) -> dict:
+    """The settings that only one family knows, by the names of its constructor."""
+    if settings.family == "flux_uno":
+        names = {"subject_lora", "position_mode", "sampling_shift"}
+        return settings.model_dump(include=names)
+    if settings.ip_adapter is None and settings.model != "toybox":
+        raise BackboneError("backbone.ip_adapter is missing: name the folder or hub id of an SDXL IP-Adapter-Plus")
+    names = {"ip_adapter", "ip_weights", "ip_encoder", "image_tokens", "negative_prompt"}
+    return settings.model_dump(include=names) | {"scale": settings.ip_scale}
 
 
 def _check(name: str, needed: str, what: str, remedy: str) -> None:
     """What can be said before loading: a folder lacks a file, or a name is neither a file or folder nor a hub id."""
     path = Path(name)
     if path.is_dir() and not (path / needed).exists():
-        raise BackboneError(f"{what} is a folder without {needed}, so it holds no diffusers pipeline: {remedy}")
+        raise BackboneError(f"{what} is a folder without {needed}: {remedy}")
     if not path.exists() and not HUB_ID.fullmatch(name):
         raise BackboneError(f"{what} does not exist: {remedy}")
 

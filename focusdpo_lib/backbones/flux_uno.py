@@ -5,38 +5,24 @@ References go through the same embedder as the target and share its timestep; on
 """
 
 import math
-import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from diffusers import FluxPipeline
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from peft import LoraConfig, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from focusdpo_lib.backbones.adapters import Adapted, chosen_precision
 from focusdpo_lib.backbones.conditioning import Conditioning
 from focusdpo_lib.backbones.tokens import output_hook, pack, position_ids, query_key_hooks, unpack
-
-ADAPTER = "policy"  # the name of the one adapter that training moves
 
 # UNO's own targets (R17): attention q, k, v and output of both streams in double blocks; q, k, v and output of single.
 LORA_TARGETS = (
     r"transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
     r"|single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_out)"
 )
-
-
-def computes_in_bfloat16(device: torch.device) -> bool:
-    """Whether the device has bfloat16 arithmetic of its own (elsewhere bfloat16 works, but slower than float32)."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.12 cannot tell: float32 is safe
-    return device.type == "cpu" and bool(capabilities.get("avx512_bf16"))
 
 
 def load_subject_lora(pipeline: FluxPipeline, source: str | Path) -> None:
@@ -46,20 +32,22 @@ def load_subject_lora(pipeline: FluxPipeline, source: str | Path) -> None:
     pipeline.load_lora_weights(folder, weight_name=name, adapter_name="subject", use_safetensors=True)
 
 
-class FluxUno:
+class FluxUno(Adapted):
     """A FLUX pipeline with UNO's conditioning, frozen but for the adapter that `add_adapter` puts on it."""
+
+    part, targets, predicts = "transformer", LORA_TARGETS, "velocity"
 
     def __init__(
         self, pipeline: FluxPipeline, *, precision: str = "auto", position_mode: str = "d", sampling_shift="uno"
     ):
         self.pipeline = pipeline
         self.transformer, self.vae = pipeline.transformer, pipeline.vae
+        self.network = self.transformer
         for module in (self.transformer, self.vae, pipeline.text_encoder, pipeline.text_encoder_2):
             if module is not None:  # a pipeline without encoders predicts from what was encoded before
                 module.requires_grad_(False).eval()
         self.device = self.transformer.device
-        auto = torch.bfloat16 if computes_in_bfloat16(self.device) else torch.float32
-        self.precision = auto if precision == "auto" else getattr(torch, precision)
+        self.precision = chosen_precision(precision, self.device)
         self.position_mode, self.sampling_shift = position_mode, sampling_shift
         self.text_length = min(pipeline.tokenizer_2.model_max_length, 512) if pipeline.tokenizer_2 else 512
         self.stride = pipeline.vae_scale_factor
@@ -68,7 +56,7 @@ class FluxUno:
     @classmethod
     def from_pretrained(cls, model, *, device="cpu", revision=None, subject_lora=None, **settings) -> "FluxUno":
         """Loads a pipeline folder or hub id (safetensors only) and, if given, the subject LoRA, a part of the base."""
-        pipeline = FluxPipeline.from_pretrained(model, revision=revision, use_safetensors=True)
+        pipeline = FluxPipeline.from_pretrained(model, revision=revision, use_safetensors=True, dtype=torch.float32)
         if subject_lora is not None:
             load_subject_lora(pipeline, subject_lora)
         return cls(pipeline.to(device), **settings)
@@ -94,7 +82,8 @@ class FluxUno:
 
     def _attention(self):
         """On a CPU the fused attention kernel's backward is slow at short lengths: 40 % of a toybox step."""
-        return sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext()
+        recomputed = self.transformer.gradient_checkpointing  # in the backward pass, where this context is over
+        return sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" and not recomputed else nullcontext()
 
     # --- images, prompts and references to what the transformer sees -------------------------------------------------
 
@@ -204,69 +193,6 @@ class FluxUno:
         finally:
             for handle in handles:
                 handle.remove()
-
-    # --- policy and reference model ----------------------------------------------------------------------------------
-
-    def add_adapter(self, rank: int, alpha: float | None = None, targets: list[str] | None = None, seed: int = 0):
-        """Puts a fresh LoRA on the transformer, the only (float32) weights with gradients; B = 0: no change yet."""
-        config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=targets or LORA_TARGETS)
-        others = self._without_adapter()
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # the subject LoRA's, rightly
-            torch.manual_seed(seed)
-            self.transformer.add_adapter(config, ADAPTER)
-        self.transformer.set_adapter([*others, ADAPTER])
-        for name, parameter in self.transformer.named_parameters():
-            ours = f".{ADAPTER}." in name
-            parameter.requires_grad_(ours)
-            if ours:
-                parameter.data = parameter.data.float()
-
-    def _without_adapter(self) -> list[str]:
-        """Takes our adapter off, if there is one; returns the names of the base's own."""
-        names = list(getattr(self.transformer, "peft_config", {}))
-        if ADAPTER in names:
-            self.transformer.delete_adapters(ADAPTER)
-        return [name for name in names if name != ADAPTER]
-
-    def adapter_parameters(self) -> list[nn.Parameter]:
-        return [p for p in self.transformer.parameters() if p.requires_grad]
-
-    @contextmanager
-    def reference_model(self):
-        """Within this context our adapter, and it alone, is off: the model is the base, its subject LoRA included."""
-        layers = [m for m in self.transformer.modules() if isinstance(m, BaseTunerLayer)]
-        before = [(layer, list(layer.active_adapters)) for layer in layers]
-        trainable = self.adapter_parameters()
-        for layer, active in before:  # peft's own switch also toggles requires_grad: it is put back below
-            layer.set_adapter([name for name in active if name != ADAPTER])
-        try:
-            yield
-        finally:
-            for layer, active in before:
-                layer.set_adapter(active)
-            self.transformer.requires_grad_(False)
-            for parameter in trainable:
-                parameter.requires_grad_(True)
-
-    def save_adapter(self, folder: Path) -> None:
-        """Writes our adapter as `pytorch_lora_weights.safetensors`, which a plain FluxPipeline loads."""
-        state = get_peft_model_state_dict(self.transformer, adapter_name=ADAPTER)
-        config = self.transformer.peft_config[ADAPTER].to_dict()  # without it a loader takes alpha for the rank
-        facts = {name: config[name] for name in ("r", "lora_alpha", "target_modules")}
-        facts = {name: sorted(value) if isinstance(value, set) else value for name, value in facts.items()}
-        FluxPipeline.save_lora_weights(folder, state, safe_serialization=True, transformer_lora_adapter_metadata=facts)
-
-    def load_adapter(self, folder: Path) -> None:
-        """Loads an adapter that `save_adapter` wrote, on top of whatever is part of the base; replaces one of ours."""
-        if not (Path(folder) / LORA_WEIGHT_NAME_SAFE).is_file():
-            raise FileNotFoundError(f"{folder} holds no adapter ({LORA_WEIGHT_NAME_SAFE}): train it again")
-        others = self._without_adapter()
-        self.transformer.load_lora_adapter(
-            folder, prefix="transformer", adapter_name=ADAPTER, weight_name=LORA_WEIGHT_NAME_SAFE, use_safetensors=True
-        )
-        self.transformer.set_adapter([*others, ADAPTER])
-        self.transformer.requires_grad_(False)
 
     # --- sampling ----------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,8 @@ CARD, CURVES, FIGURE = "card.json", "curves.json", "curves.png"
 MEANING = {
     "autoencoder": "peak signal-to-noise ratio of reconstructions of held-out images, in dB",
     "reader": "share of held-out renders on which each attribute is read right",
-    "dino": "cosine similarity of CLS tokens and retrieval of held-out identities",
+    "dino": "cosine similarity of CLS tokens and retrieval of held-out identities. What a changed attribute costs"
+    " (`drop_*`) says what it sees: the colours, and hardly class or pattern",
     "clip": "retrieval of held-out captions",
     "flux_uno": "samples of the validation benchmark, as the reader sees them: share of attributes right, leakage rate",
 }
@@ -36,7 +37,7 @@ def write_card(folder: Path) -> None:
         "",
     ]
     for name, numbers in card["numbers"].items():
-        lines += [f"## {name}", "", f"{card['steps'][name]} steps. {MEANING[name].capitalize()}.", ""]
+        lines += [f"## {name}", "", f"{card['steps'][name]} steps. {MEANING[name][0].upper()}{MEANING[name][1:]}.", ""]
         lines += [
             "| number | value |",
             "|---|---|",

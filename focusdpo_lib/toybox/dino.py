@@ -5,11 +5,12 @@ DINO proper takes two crops of one photo as views; here the views of a sample ar
 CLS token measures identity by construction. That is what DINO is used for on the real benchmark, where it does so only
 roughly; a toybox DINO score is therefore a purer measure of identity than a published one.
 
-With views alone the embedding settles for the colours, which tell most identities apart, and hardly sees class and
-pattern. Three things help. Each identity comes with a *twin* that differs in one attribute and stands in the same
-pictures; DINOv2's KoLeo regulariser (Oquab et al., 2023) pushes nearest neighbours apart, and twins can part by the
-attribute only; and linear heads, thrown away afterwards, read the world's attributes off the CLS token of the views
-that show one subject. (Without the heads, 1500 steps left class and pattern worth 0.015 of cosine each.)
+With views alone the embedding settles for the colours, which tell most identities apart. Three things push it further.
+Each identity comes with a *twin* that differs in one attribute and stands in the same pictures; DINOv2's KoLeo
+regulariser (Oquab et al., 2023) pushes nearest neighbours apart, and twins can part by the attribute only; and linear
+heads, thrown away afterwards, read the world's attributes off the CLS token of the views that show one subject. They
+took retrieval of held-out identities from 75 to 95 %, by the colours: class and pattern still count for little
+(`drop_class_name` and `drop_pattern` in the weights' card), so the reader's attribute accuracy stands beside DINO.
 """
 
 import copy

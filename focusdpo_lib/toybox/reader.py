@@ -180,7 +180,7 @@ def save_reader(model: Reader, folder: Path) -> None:
 
 
 def train_reader(
-    folder: Path, steps: int = 3000, batch: int = 64, seed: int = 0, device: str = "cpu", *, pool: int = 30000,
+    folder: Path, steps: int = 2000, batch: int = 64, seed: int = 0, device: str = "cpu", *, pool: int = 30000,
     width: int = 64, **options,
 ) -> tuple[Reader, list[dict]]:  # fmt: skip
     """Trains on `pool` scenes, made imperfect; resumable in `folder`. `options` go to `fit`."""

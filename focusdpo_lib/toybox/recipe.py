@@ -30,7 +30,7 @@ from focusdpo_lib.toybox.dino import measure_dino, save_dino, train_dino
 from focusdpo_lib.toybox.reader import Reader, measure_reader, save_reader, train_reader
 from focusdpo_lib.toybox.transformer import make_latents, train_flux
 
-STEPS = {"autoencoder": 2600, "reader": 3000, "dino": 2000, "clip": 3000, "flux_uno": 12000}
+STEPS = {"autoencoder": 2600, "reader": 2000, "dino": 2000, "clip": 3000, "flux_uno": 12000}
 POOLS = {"autoencoder": 20_000, "reader": 30_000, "dino": 8_000, "clip": 30_000}  # images drawn once, trained on
 LATENTS = 120_000
 SHARD = 5_000

@@ -1,0 +1,98 @@
+"""What the families share: precision, and our adapter, the one set of weights that training moves and can turn off."""
+
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+ADAPTER = "policy"  # the name of the one adapter that training moves
+
+
+def computes_in_bfloat16(device: torch.device) -> bool:
+    """Whether the device has bfloat16 arithmetic of its own (elsewhere bfloat16 works, but slower than float32)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.12 cannot tell: float32 is safe
+    return device.type == "cpu" and bool(capabilities.get("avx512_bf16"))
+
+
+def chosen_precision(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype that a setting names; "auto" is bfloat16 wherever the device computes in it."""
+    auto = torch.bfloat16 if computes_in_bfloat16(device) else torch.float32
+    return auto if precision == "auto" else getattr(torch, precision)
+
+
+class Adapted:
+    """What a backbone with a peft network can do with our adapter; subclasses set the attributes below."""
+
+    network: nn.Module  # the transformer or U-Net that carries the LoRA
+    part: str  # its name in the pipeline, "transformer" or "unet", which prefixes the keys of a saved adapter
+    targets: str  # R17: a regular expression of the modules that get LoRA weights
+    predicts: str  # "velocity" or "epsilon"
+
+    def add_adapter(self, rank: int, alpha: float | None = None, targets: list[str] | None = None, seed: int = 0):
+        """Puts a fresh LoRA on the network, the only (float32) weights with gradients; B = 0: no change yet."""
+        config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=targets or self.targets)
+        others = self._without_adapter()
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # the subject LoRA's, rightly
+            torch.manual_seed(seed)
+            self.network.add_adapter(config, ADAPTER)
+        self.network.set_adapter([*others, ADAPTER])
+        for name, parameter in self.network.named_parameters():
+            ours = f".{ADAPTER}." in name
+            parameter.requires_grad_(ours)
+            if ours:
+                parameter.data = parameter.data.float()
+
+    def _without_adapter(self) -> list[str]:
+        """Takes our adapter off, if there is one; returns the names of the base's own."""
+        names = list(getattr(self.network, "peft_config", {}))
+        if ADAPTER in names:
+            self.network.delete_adapters(ADAPTER)
+        return [name for name in names if name != ADAPTER]
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.network.parameters() if p.requires_grad]
+
+    @contextmanager
+    def reference_model(self):
+        """Within this context our adapter, and it alone, is off: the model is the base, its subject LoRA included."""
+        layers = [m for m in self.network.modules() if isinstance(m, BaseTunerLayer)]
+        before = [(layer, list(layer.active_adapters)) for layer in layers]
+        trainable = self.adapter_parameters()
+        for layer, active in before:  # peft's own switch also toggles requires_grad: it is put back below
+            layer.set_adapter([name for name in active if name != ADAPTER])
+        try:
+            yield
+        finally:
+            for layer, active in before:
+                layer.set_adapter(active)
+            self.network.requires_grad_(False)
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+
+    def save_adapter(self, folder: Path) -> None:
+        """Writes our adapter as `pytorch_lora_weights.safetensors`, which the plain pipeline's loader reads."""
+        state = get_peft_model_state_dict(self.network, adapter_name=ADAPTER)
+        config = self.network.peft_config[ADAPTER].to_dict()  # without it a loader takes alpha for the rank
+        facts = {name: config[name] for name in ("r", "lora_alpha", "target_modules")}
+        facts = {name: sorted(value) if isinstance(value, set) else value for name, value in facts.items()}
+        layers = {f"{self.part}_lora_layers": state, f"{self.part}_lora_adapter_metadata": facts}
+        self.pipeline.save_lora_weights(folder, **layers, safe_serialization=True)
+
+    def load_adapter(self, folder: Path) -> None:
+        """Loads an adapter that `save_adapter` wrote, on top of whatever is part of the base; replaces one of ours."""
+        if not (Path(folder) / LORA_WEIGHT_NAME_SAFE).is_file():
+            raise FileNotFoundError(f"{folder} holds no adapter ({LORA_WEIGHT_NAME_SAFE}): train it again")
+        others = self._without_adapter()
+        self.network.load_lora_adapter(
+            folder, prefix=self.part, adapter_name=ADAPTER, weight_name=LORA_WEIGHT_NAME_SAFE, use_safetensors=True
+        )
+        self.network.set_adapter([*others, ADAPTER])
+        self.network.requires_grad_(False)

@@ -1,0 +1,262 @@
+"""SDXL with IP-Adapter-Plus: references enter the U-Net as image tokens, through decoupled cross-attention.
+
+The target of training is the noise ε at x_t of the pipeline's own noise schedule. A reference is what the adapter's
+resampler makes of it, 16 tokens; several references are joined by `image_tokens`: side by side in one softmax
+("concatenate"), or as their mean ("average", PatchDPO's protocol).
+"""
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+from torch import nn
+from torch.nn import functional as F
+
+from focusdpo_lib.backbones.adapters import Adapted, chosen_precision
+from focusdpo_lib.backbones.conditioning import Conditioning
+
+# R17: every attention's q, k, v and output, and IP-Adapter's own keys and values.
+LORA_TARGETS = r".*\.attn[12]\.(to_[qkv]|to_out\.0|processor\.to_[kv]_ip\.\d+)"
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+T = 1000  # steps of the noise schedule
+
+
+def clip_pixels(pixels: torch.Tensor, size: int) -> torch.Tensor:
+    """Pixels (B, 3, h, w) in [-1, 1] as CLIP takes them: short side to `size`, bicubic; centre crop; normalised."""
+    h, w = pixels.shape[-2:]
+    scaled = (size * h // min(h, w), size * w // min(h, w))
+    pixels = F.interpolate(pixels, scaled, mode="bicubic", antialias=True).clamp(-1, 1)
+    top, left = ((side - size) // 2 for side in scaled)
+    mean, std = (torch.tensor(x, device=pixels.device).view(3, 1, 1) for x in (CLIP_MEAN, CLIP_STD))
+    return ((pixels[..., top : top + size, left : left + size] + 1) / 2 - mean) / std
+
+
+class SdxlIp(Adapted):
+    """An SDXL pipeline with an IP-Adapter, frozen but for the adapter that `add_adapter` puts on its U-Net."""
+
+    part, targets, predicts = "unet", LORA_TARGETS, "epsilon"
+
+    def __init__(
+        self,
+        pipeline: StableDiffusionXLPipeline,
+        *,
+        precision: str = "auto",
+        image_tokens: str = "concatenate",
+        scale: float = 1.0,
+        negative_prompt: str = "",
+    ):
+        self.pipeline, self.network, self.vae = pipeline, pipeline.unet, pipeline.vae
+        self.unet = pipeline.unet
+        for module in (self.unet, self.vae, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.image_encoder):
+            if module is not None:
+                module.requires_grad_(False).eval()
+        # References are projected once, when they are encoded, so that what is cached per pair is 16 tokens.
+        self.resampler = self.unet.encoder_hid_proj.image_projection_layers[0]
+        self.unet.encoder_hid_proj = nn.Identity()
+        pipeline.set_ip_adapter_scale(scale)
+        self.device = self.unet.device
+        self.precision = chosen_precision(precision, self.device)
+        self.image_tokens, self.negative_prompt = image_tokens, negative_prompt
+        self.stride = pipeline.vae_scale_factor
+        self.noising = DDPMScheduler.from_config(pipeline.scheduler.config)
+        self.attentions = [m for n, m in self.unet.named_modules() if n.endswith(".attn2")]
+
+    @classmethod
+    def from_pretrained(
+        cls, model, *, ip_adapter: str, ip_weights: str, ip_encoder: str, device="cpu", revision=None, **settings
+    ) -> "SdxlIp":
+        """Loads a pipeline folder or hub id and, from the folder or id `ip_adapter`, weight file and image encoder."""
+        pipeline = StableDiffusionXLPipeline.from_pretrained(
+            model, revision=revision, use_safetensors=True, dtype=torch.float32
+        )
+        path = Path(ip_weights)  # load_ip_adapter casts the pipeline: before any float32 LoRA weights
+        pipeline.load_ip_adapter(
+            ip_adapter, subfolder=str(path.parent), weight_name=path.name, image_encoder_folder=ip_encoder
+        )
+        return cls(pipeline.to(device), **settings)
+
+    def autocast(self):
+        """Mixed precision as `precision` says; float32 weights stay float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16)
+
+    def token_grid(self, size: Sequence[int]) -> tuple[int, int]:
+        """Scores of layers of every size are resampled to the latent grid (R7)."""
+        return size[-2], size[-1]
+
+    def attention_layers(self, which: str | list[int]) -> list[int]:
+        """R7: every cross-attention layer, or indices as they are."""
+        if isinstance(which, str):
+            return list(range(len(self.attentions)))
+        if bad := [i for i in which if not 0 <= i < len(self.attentions)]:
+            last = len(self.attentions) - 1
+            raise ValueError(f"masks.layers names the layers {bad}, but this model has layers 0 to {last}")
+        if not which:
+            raise ValueError('masks.layers is an empty list: name at least one layer, or "all"')
+        return list(which)
+
+    # --- images, prompts and references to what the U-Net sees -------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, 3, H, W) in [-1, 1] → latents (B, C, H/stride, W/stride), float32: the posterior's mean.
+
+        In float32: SDXL's own autoencoder overflows float16.
+        """
+        mean = self.vae.float().encode(pixels.to(self.device).float()).latent_dist.mode()
+        return mean * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents (B, C, h, w) → pixels (B, 3, H, W) in [-1, 1], float32."""
+        return self.vae.float().decode(latents.to(self.device) / self.vae.config.scaling_factor).sample.clamp(-1, 1)
+
+    def encode_prompts(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prompts → token embeddings of both encoders (B, L, d) and the second's pooled embedding (B, d_pooled)."""
+        text, _, pooled, _ = self.pipeline.encode_prompt(texts, device=self.device, do_classifier_free_guidance=False)
+        return text, pooled
+
+    @torch.no_grad()
+    def encode_references(self, images: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """One batch of reference pixels (B, 3, h, w) in [-1, 1] per subject → one batch of image tokens (B, 16, d)."""
+        size = self.pipeline.image_encoder.config.image_size
+        return tuple(self._project(clip_pixels(pixels.to(self.device), size)) for pixels in images)
+
+    def _project(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Normalised pixels → image tokens: the last hidden layer but one of the image encoder, resampled."""
+        encoder = self.pipeline.image_encoder
+        hidden = encoder(pixels.to(encoder.dtype), output_hidden_states=True).hidden_states[-2]
+        return self.resampler(hidden.to(next(self.resampler.parameters()).dtype)).float()
+
+    @torch.no_grad()
+    def condition(self, prompts: list[str], references: Sequence[torch.Tensor]) -> Conditioning:
+        """Everything a prediction is conditioned on, for B prompts and S batches of reference pixels (B, 3, h, w)."""
+        return Conditioning(*self.encode_prompts(prompts), self.encode_references(references))
+
+    @torch.no_grad()
+    def unconditional(self, count: int, references: int) -> Conditioning:
+        """The negative prompt with as many references, made of zero *pixels* (after normalisation), as published."""
+        text, pooled = self.encode_prompts([self.negative_prompt] * count)
+        size = self.pipeline.image_encoder.config.image_size
+        zero = self._project(torch.zeros(1, 3, size, size, device=self.device)).expand(count, -1, -1)
+        return Conditioning(text, pooled, (zero,) * references)
+
+    # --- the diffusion -----------------------------------------------------------------------------------------------
+
+    def _steps(self, t: torch.Tensor) -> torch.Tensor:
+        """t in (0, 1] → the steps 0 … 999 of the noise schedule; t = 1 is the noisiest."""
+        return (t * T - 1e-3).ceil().long().clamp(1, T) - 1  # 667/1000 in float32 times 1000 is a little above 667
+
+    def noised(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε, for t (B,) in (0, 1]."""
+        return self.noising.add_noise(latents, noise, self._steps(t))
+
+    def target(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """The noise ε."""
+        return noise
+
+    def timestep_shift(self, size: Sequence[int]) -> float:
+        """SDXL's training draws steps uniformly, whatever the size."""
+        return 1.0
+
+    def predict(self, noised, t, conditioning: Conditioning, taps=None, guidance: float = 1.0) -> torch.Tensor:
+        """ε at x_t (B, C, H, W) and t (B,) in (0, 1], as float32 (B, C, H, W).
+
+        `taps(layer, target_tokens, reference_tokens, grid)` is called in every cross-attention layer with its queries
+        (B, P, d) and each reference's keys (B, 16, d), heads side by side (R7). With another guidance than 1 the result
+        is ε_u + guidance · (ε_c − ε_u), u being `unconditional`; training has none.
+        """
+        epsilon = self._epsilon(noised, self._steps(t), conditioning, taps)
+        if guidance == 1.0:
+            return epsilon
+        nothing = self.unconditional(len(noised), len(conditioning.references))
+        return _guided(epsilon, self._epsilon(noised, self._steps(t), nothing), guidance)
+
+    def _epsilon(self, noised, steps, conditioning: Conditioning, taps=None) -> torch.Tensor:
+        dtype = self.unet.dtype
+        height, width = (side * self.stride for side in noised.shape[-2:])
+        sizes = torch.tensor([[height, width, 0, 0, height, width]], device=self.device).float()
+        images = torch.stack(conditioning.references, 1).to(dtype)  # (B, S, 16, d)
+        if self.image_tokens == "average":
+            images = images.mean(1, keepdim=True)
+        added = {
+            "text_embeds": conditioning.pooled.to(dtype),
+            "time_ids": sizes.expand(len(noised), -1),
+            "image_embeds": [images],
+        }
+        with self.autocast(), self._tapped(taps, noised.shape[-2:], len(conditioning.references)):
+            return self.unet(
+                noised.to(dtype),
+                steps,
+                encoder_hidden_states=conditioning.text.to(dtype),
+                added_cond_kwargs=added,
+                return_dict=False,
+            )[0].float()
+
+    @contextmanager
+    def _tapped(self, taps, size: Sequence[int], references: int):
+        """Calls `taps` with queries and image keys of each cross-attention layer while the U-Net runs."""
+        handles = []
+        for layer, attention in enumerate(self.attentions if taps is not None else ()):
+            if self.image_tokens == "average" and references > 1:
+                raise ValueError("averaged image tokens cannot tell subjects apart: use image_tokens 'concatenate'")
+            handles += _image_attention_hooks(taps, layer, attention, tuple(size), references)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    # --- sampling ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(self, conditioning: Conditioning, seeds: Sequence[int], size: tuple[int, int], steps: int, guidance=1.0):
+        """Images (B, 3, H, W) in [-1, 1] by the pipeline's own scheduler; `size` is (H, W) in pixels.
+
+        The noise of a sample comes from a CPU generator of its own seed, so it does not depend on the batch or device.
+        """
+        if any(side % self.stride for side in size):
+            raise ValueError(f"images of {size[0]}×{size[1]} pixels: both must be multiples of {self.stride}")
+        shape = (self.unet.config.in_channels, size[0] // self.stride, size[1] // self.stride)
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return self.decode(self.denoise(torch.stack(noise).to(self.device), conditioning, steps, guidance))
+
+    @torch.no_grad()
+    def denoise(self, noise: torch.Tensor, conditioning: Conditioning, steps: int, guidance=1.0) -> torch.Tensor:
+        """Noise (B, C, h, w) of unit variance → latents, by the pipeline's own scheduler."""
+        scheduler = self.pipeline.scheduler
+        scheduler.set_timesteps(steps, device=self.device)
+        nothing = self.unconditional(len(noise), len(conditioning.references)) if guidance != 1.0 else None
+        latents = noise * scheduler.init_noise_sigma
+        for timestep in scheduler.timesteps:  # fractions of a step, with some schedulers: past `predict`'s whole ones
+            seen = scheduler.scale_model_input(latents, timestep)
+            epsilon = self._epsilon(seen, timestep, conditioning)
+            if nothing is not None:
+                epsilon = _guided(epsilon, self._epsilon(seen, timestep, nothing), guidance)
+            latents = scheduler.step(epsilon, timestep, latents, return_dict=False)[0]
+        return latents
+
+
+def _guided(conditional: torch.Tensor, unconditional: torch.Tensor, guidance: float) -> torch.Tensor:
+    """Classifier-free guidance."""
+    return unconditional + guidance * (conditional - unconditional)
+
+
+def _image_attention_hooks(taps, layer: int, attention: nn.Module, size: tuple[int, int], references: int):
+    """Hooks on a cross-attention's queries and on the keys of its image tokens; its grid follows from its length."""
+    kept = {}
+
+    def query_hook(module, inputs, output):
+        kept["query"] = output
+
+    def key_hook(module, inputs, output):
+        queries = kept["query"]
+        keys = output.flatten(1, 2) if output.ndim == 4 else output  # (B, S, 16, d) or (B, S · 16, d)
+        shrink = round((size[0] * size[1] / queries.shape[1]) ** 0.5)
+        taps(layer, queries, list(keys.chunk(references, 1)), (size[0] // shrink, size[1] // shrink))
+
+    return [
+        attention.to_q.register_forward_hook(query_hook),
+        attention.processor.to_k_ip[0].register_forward_hook(key_hook),
+    ]

@@ -1,0 +1,217 @@
+"""SDXL with IP-Adapter-Plus: equal to diffusers' own pipeline; our adapter alone tells policy and reference apart."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+from tiny_sdxl import TOKENS, WEIGHTS, load_tiny_sdxl, write_tiny_sdxl
+from tiny_training import TRAINING, tiny_pairs
+
+from focusdpo_lib import backbones, params
+from focusdpo_lib.backbones import BackboneError, Conditioning
+from focusdpo_lib.backbones.sdxl_ip import CLIP_MEAN, CLIP_STD, clip_pixels
+from focusdpo_lib.checkpoints import LOG
+from focusdpo_lib.evaluation.encoders import preprocess
+from focusdpo_lib.pairs import prepare
+from focusdpo_lib.training import draws, step_objective, train
+
+PROMPTS = ["a cat in the snow", "a mug on a beach"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_tiny_sdxl(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def backbone(folder):
+    return load_tiny_sdxl(folder, precision="float32")
+
+
+def references(count=2, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.rand(2, 3, 32, 32, generator=draw) * 2 - 1 for _ in range(count)]
+
+
+def sample(backbone, count=2):
+    draw = torch.Generator().manual_seed(1)
+    latents, t = torch.randn(2, 8, 16, 16, generator=draw), torch.rand(2, generator=draw)
+    return latents, t, backbone.condition(PROMPTS, references(count))
+
+
+def plain_pipeline(folder):
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder / "sdxl")
+    subfolder, name = WEIGHTS.split("/")
+    pipeline.load_ip_adapter(str(folder / "ip"), subfolder, name, "models/image_encoder")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def disturb(backbone, size=0.3):
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in backbone.adapter_parameters():
+            weight += size * torch.randn(weight.shape, generator=draw)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_guided_sampling_run_is_the_library_s_own(folder, backbone, count):
+    pipeline = plain_pipeline(folder)
+    pictures = references(count)
+    size = pipeline.image_encoder.config.image_size
+    noise = torch.randn(2, 8, 16, 16, generator=torch.Generator().manual_seed(3))
+    theirs = []
+    for i, prompt in enumerate(PROMPTS):  # it takes one set of images for all prompts of a call
+        images = clip_pixels(torch.cat([p[[i]] for p in pictures]), size)
+        seen, nothing = (
+            pipeline.image_encoder(x, output_hidden_states=True).hidden_states[-2]
+            for x in (images, torch.zeros_like(images))
+        )
+        embeds = torch.stack([nothing, seen])  # (unconditional and conditional, images, patches, d)
+        theirs += pipeline(
+            prompt, negative_prompt="", ip_adapter_image_embeds=[embeds], latents=noise[[i]], guidance_scale=5.0,
+            num_inference_steps=4, output_type="latent", height=64, width=64,
+        ).images  # fmt: skip
+    theirs = torch.stack(theirs)
+    ours = backbone.denoise(noise, backbone.condition(PROMPTS, pictures), 4, guidance=5.0)
+    assert theirs.abs().max() > 0.5
+    assert (ours - theirs).abs().max() < 1e-4
+
+
+def test_references_are_prepared_as_clip_takes_them():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 12, 3), np.uint8)).resize((96, 72), 2)
+    published = preprocess(image, 32, 32, CLIP_MEAN, CLIP_STD)  # by Pillow
+    pixels = torch.from_numpy(np.asarray(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    assert (clip_pixels(pixels, 32)[0] - published).abs().mean() < 0.02
+    assert clip_pixels(pixels, 32).shape == (1, 3, 32, 32)
+
+
+def test_noise_follows_the_schedule_and_is_the_target(backbone):
+    image, noise = torch.randn(3, 8, 4, 4), torch.randn(3, 8, 4, 4)
+    t = torch.tensor([0.001, 0.5, 1.0])
+    beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2  # "scaled linear"
+    signal = (1 - beta).cumprod(0)[[0, 499, 999]].float().view(3, 1, 1, 1)
+    expected = signal.sqrt() * image + (1 - signal).sqrt() * noise
+    assert torch.allclose(backbone.noised(image, noise, t), expected, atol=1e-5)
+    assert torch.equal(backbone.target(image, noise, t), noise)
+
+
+@torch.no_grad()
+def test_averaged_tokens_do_not_know_their_order_and_one_reference_is_its_own_average(folder, backbone):
+    averaging = load_tiny_sdxl(folder, precision="float32", image_tokens="average")
+    latents, t, condition = sample(averaging)
+    swapped = Conditioning(condition.text, condition.pooled, condition.references[::-1])
+    both = averaging.predict(latents, t, condition)
+    assert torch.allclose(averaging.predict(latents, t, swapped), both, atol=1e-5)
+    assert not torch.allclose(backbone.predict(latents, t, condition), both, atol=1e-4)
+    latents, t, one = sample(backbone, 1)
+    assert torch.equal(averaging.predict(latents, t, one), backbone.predict(latents, t, one))
+
+
+class Recorder:
+    features = "query_key"
+
+    def __init__(self):
+        self.seen = {}
+
+    def __call__(self, layer, target, references, grid):
+        assert layer not in self.seen
+        self.seen[layer] = (target, references, grid)
+
+
+@torch.no_grad()
+def test_taps_get_queries_and_each_reference_s_keys_of_every_cross_attention(backbone):
+    latents, t, condition = sample(backbone)
+    tap, plain = Recorder(), backbone.predict(latents, t, condition)
+    assert torch.equal(backbone.predict(latents, t, condition, taps=tap), plain)
+    assert sorted(tap.seen) == backbone.attention_layers("all") == [0, 1, 2, 3]
+    for layer, (target, keys, grid) in tap.seen.items():
+        width = backbone.attentions[layer].inner_dim
+        assert target.shape == (2, grid[0] * grid[1], width)
+        weights = backbone.attentions[layer].processor.to_k_ip[0]
+        for key, tokens in zip(keys, condition.references, strict=True):
+            assert key.shape == (2, TOKENS, width)
+            assert torch.allclose(key, weights(tokens), atol=1e-5)
+    assert {grid for *_, grid in tap.seen.values()} == {(8, 8)}
+    assert not any(module._forward_hooks for module in backbone.unet.modules())
+
+
+@torch.no_grad()
+def test_the_reference_model_is_the_base_with_its_ip_adapter_to_the_bit(backbone):
+    inputs = sample(backbone)
+    base = backbone.predict(*inputs)
+    backbone.add_adapter(4)
+    assert torch.equal(backbone.predict(*inputs), base)  # an untrained adapter changes nothing
+    disturb(backbone)
+    policy = backbone.predict(*inputs)
+    assert not torch.allclose(policy, base, atol=1e-3)
+    with backbone.reference_model():
+        assert torch.equal(backbone.predict(*inputs), base)
+    assert torch.equal(backbone.predict(*inputs), policy)
+    without = Conditioning(inputs[2].text, inputs[2].pooled, tuple(torch.zeros_like(r) for r in inputs[2].references))
+    with backbone.reference_model():
+        assert not torch.allclose(backbone.predict(*inputs[:2], without), base, atol=1e-3)  # it does see references
+
+
+def test_the_adapter_sits_on_every_attention_and_on_the_image_keys_and_values(backbone):
+    backbone.add_adapter(4)
+    layers = {n.split(".lora_")[0] for n, p in backbone.unet.named_parameters() if p.requires_grad}
+    ends = {name.split("transformer_blocks.0.")[1] for name in layers}
+    common = {f"{a}.{m}" for a in ("attn1", "attn2") for m in ("to_q", "to_k", "to_v", "to_out.0")}
+    assert ends == common | {"attn2.processor.to_k_ip.0", "attn2.processor.to_v_ip.0"}
+    assert len(layers) == 4 * 10
+
+
+@torch.no_grad()
+def test_a_saved_adapter_comes_back_and_loads_in_a_plain_pipeline(folder, backbone, tmp_path):
+    backbone.add_adapter(4, alpha=2.0)
+    disturb(backbone)
+    backbone.save_adapter(tmp_path)
+    inputs = sample(backbone)
+    expected = backbone.predict(*inputs)
+    again = load_tiny_sdxl(folder, precision="float32")
+    assert not torch.allclose(again.predict(*inputs), expected, atol=1e-3)
+    again.load_adapter(tmp_path)
+    assert torch.equal(again.predict(*inputs), expected)
+    plain = plain_pipeline(folder)
+    plain.load_lora_weights(tmp_path)
+    ours = backbones.SdxlIp(plain, precision="float32")
+    assert torch.equal(ours.predict(*inputs), expected)
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo", "patchdpo", "focusdpo"])
+def test_every_objective_takes_a_step_with_one_and_with_two_references(backbone, patches, tmp_path, objective):
+    data = prepare(backbone, tiny_pairs(2), params.Masks(), patches=patches)
+    assert sorted(data) == [1, 2]
+    settings = params.section("training", TRAINING | {"steps": 2})
+    chosen = params.section("objective", {"name": objective})
+    train(backbone, data, tmp_path, objective=chosen, masks=params.Masks(), training=settings)
+    assert (tmp_path / LOG).read_text().count("\n") == 5  # a heading, two steps of two pairs
+    assert any(p.abs().max() > 0 for n, p in backbone.unet.named_parameters() if "lora_B.policy" in n)
+
+
+def test_the_focus_weight_lies_on_the_latent_grid_inside_the_subjects(backbone):
+    data = prepare(backbone, tiny_pairs(2), params.Masks())
+    at = draws(data, params.section("training", TRAINING))
+    backbone.add_adapter(2)
+    pairs = data[at(0).count]
+    _, focus = step_objective(backbone, pairs, at(0), params.Objective(), params.Masks())
+    assert pairs.token_grid == (16, 16) and focus.focus.shape == (2, 16, 16)
+    prior = pairs.prior_tokens[at(0).rows].amax(1).reshape(2, 16, 16)
+    assert (focus.focus * (1 - prior)).abs().max() == 0 < focus.focus.max()
+
+
+def test_settings_load_it_and_what_is_missing_is_named(folder, tmp_path):
+    def load(**changes):
+        values = {"family": "sdxl_ip", "model": f"{folder}/sdxl", "ip_adapter": f"{folder}/ip", "precision": "float32"}
+        return backbones.load(params.section("backbone", values | changes))
+
+    assert isinstance(load(ip_scale=0.5), backbones.SdxlIp)
+    with pytest.raises(BackboneError, match=r"^backbone.ip_adapter is missing: name"):
+        load(ip_adapter=None)
+    with pytest.raises(BackboneError, match=r"^the IP-Adapter .* does not exist: correct backbone.ip_adapter$"):
+        load(ip_adapter=f"{tmp_path}/none")
+    with pytest.raises(BackboneError, match=r"^the IP-Adapter .* is a folder without other.safetensors"):
+        load(ip_weights="other.safetensors")
