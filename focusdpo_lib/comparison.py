@@ -5,20 +5,25 @@ adapters (training runs) → images (generation runs) → scores → `evaluation
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
+import torch
 import yaml
 from IPython.display import HTML
 from matplotlib.figure import Figure
 from PIL import Image
 
 from focusdpo_lib import params, runs, stages
+from focusdpo_lib.backbones import Backbone
 from focusdpo_lib.evaluation import scores, statistics, tables
 from focusdpo_lib.evaluation.attributes import match
 from focusdpo_lib.evaluation.benchmark import Benchmark
 from focusdpo_lib.evaluation.encoders import Encoders, to_pixels
 from focusdpo_lib.generation import IMAGES, image_name
+from focusdpo_lib.masks import to_grid
+from focusdpo_lib.pairs import PreparedPairs
 from focusdpo_lib.runs import Run, atomic
 from focusdpo_lib.toybox.benchmark import render_case
 from focusdpo_lib.toybox.world import ATTRIBUTES
@@ -162,6 +167,37 @@ def logs_beside(folder: Path) -> dict[str, pd.DataFrame]:
         if there["training"]["seed"] == own["training"]["seed"]:
             found.setdefault(there["objective"]["name"], pd.read_csv(other / LOG))
     return {name: found[name] for name in tables.ROWS if name in found}
+
+
+@torch.no_grad()
+def errors_by_region(
+    backbone: Backbone, data: Mapping[int, PreparedPairs], times: Sequence[float] = (0.3, 0.5, 0.7), seed: int = 0
+) -> pd.DataFrame:
+    """Mean squared error of base and policy on winners and losers, inside and outside the subjects' prior masks.
+
+    Indexed by image and region; columns base, trained and change (trained / base − 1). Winner and loser share noise
+    and times, as in training, and every pair is seen once at each time.
+    """
+    sums = {}
+    for count, pairs in data.items():
+        inside = to_grid(pairs.prior_tokens.amax(1), pairs.token_grid, pairs.win.shape[-2:])
+        noise = torch.randn(pairs.win.shape, generator=torch.Generator().manual_seed(seed + count))
+        regions = {"subjects": inside, "background": 1 - inside}
+        for (image, clean), t in product((("winner", pairs.win), ("loser", pairs.lose)), times):
+            for rows in torch.arange(len(pairs)).split(32):
+                x, e, at = clean[rows], noise[rows], torch.full((len(rows),), t)
+                x, e, at = (value.to(backbone.device) for value in (x, e, at))
+                arguments = backbone.noised(x, e, at), at, pairs.conditioning[rows].to(backbone.device)
+                with backbone.reference_model():
+                    found = {"base": backbone.predict(*arguments)}
+                found["trained"] = backbone.predict(*arguments)
+                for (model, prediction), (region, mask) in product(found.items(), regions.items()):
+                    error = (prediction - backbone.target(x, e, at)).square().mean(1).cpu() * mask[rows]
+                    total = sums.setdefault((image, region), {}).setdefault(model, [0.0, 0.0])
+                    total[0] += error.sum().item()
+                    total[1] += mask[rows].sum().item()
+    table = pd.DataFrame({key: {m: total / area for m, (total, area) in of.items()} for key, of in sums.items()}).T
+    return table.assign(change=table["trained"] / table["base"] - 1).rename_axis(["image", "region"])
 
 
 def _params(folder: Path) -> dict:

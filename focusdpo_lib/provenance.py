@@ -55,8 +55,18 @@ def device() -> dict[str, Any]:
     """The device this process has computed on, and the peak of its GPU memory; never starts CUDA by itself."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
-        return {"device": f"cpu ({platform.machine()}, {os.cpu_count()} cores)"}
+        return {"device": f"cpu ({processor()}, {os.cpu_count()} cores)"}
     return {"device": torch.cuda.get_device_name(), "peak_device_memory_bytes": torch.cuda.max_memory_allocated()}
+
+
+def processor() -> str:
+    """The processor's name where the system tells it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def peak_memory() -> int:

@@ -7,7 +7,10 @@ and the tables (a parameter `adapters`) come after them. What is complete is ski
 """
 
 import argparse
+import json
 import os
+import re
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -134,6 +137,42 @@ def tables(results: Path) -> str:
     return "\n\n".join(parts)
 
 
+def keep_reference(results: Path, reference: Path) -> Path:
+    """Copies what a complete run shows to `reference`, in place of an older one: tables and their figures, the mask
+    galleries, executed notebooks as HTML (of the trainings, seed 0's), and a README with machine, time and memory."""
+    done = [f for f in (results / "notebooks").iterdir() if runs.is_complete(f)]
+    with runs.atomic(reference) as kept:
+        for name in TABLES:
+            shutil.copytree(results / "tables" / name, kept / name)
+        (kept / "notebooks").mkdir()
+        for folder in done:
+            if not re.search(r"-seed[1-9]", folder.name):
+                shutil.copy(folder / f"{folder.name}.html", kept / "notebooks")
+        for gallery in results.glob("masks/*/timesteps_*.png"):
+            shutil.copy(gallery, kept)
+        (kept / "README.md").write_text(_what_it_took(done), encoding="utf-8")
+    return reference
+
+
+def _what_it_took(folders: Sequence[Path]) -> str:
+    """Machine, minutes and memory of executed notebooks, as Markdown."""
+    facts = {f.name: json.loads((f / runs.PROVENANCE).read_text(encoding="utf-8")) for f in folders}
+    last = max(facts.values(), key=lambda run: run["started"])
+    commit = last["git"]["commit"][:12] if last["git"] else "unknown"
+    lines = [
+        f"# A run of `make reproduce`: {len(facts)} notebook runs",
+        "",
+        f"Commit {commit}, torch {last['packages']['torch']}, {last['device']}.",
+        f"{sum(f['wall_seconds'] for f in facts.values()) / 60:.0f} minutes in all, at most "
+        f"{max(f['peak_memory_bytes'] for f in facts.values()) / 1e9:.1f} GB of memory.",
+        "",
+        "| run | minutes |",
+        "|---|---|",
+        *(f"| {name} | {facts[name]['wall_seconds'] / 60:.1f} |" for name in sorted(facts)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def reproduce(
     profile: Path, results: Path, books: Path, seeds: int = 1, overrides: Mapping[str, Any] | None = None
 ) -> int:
@@ -159,6 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--params", type=Path, default=Path("params"))
     parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("--notebooks", type=Path, default=Path("notebooks"))
+    parser.add_argument("--reference", type=Path, help="when all is complete, keep tables, figures and HTML here")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="over every YAML that has it")
     given = parser.parse_args(arguments)
     overrides = {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in given.set)}
@@ -166,7 +206,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--seeds {given.seeds}: at least one")
     try:
         profile, results = given.params / given.profile, given.results / given.profile
-        return reproduce(profile, results, given.notebooks, given.seeds, overrides)
+        code = reproduce(profile, results, given.notebooks, given.seeds, overrides)
+        if code == 0 and given.reference:
+            print(f"kept: {keep_reference(results, given.reference)}")
+        return code
     except (ParameterError, runs.RunError) as error:
         print(f"nothing was run: {error}")
         return 1

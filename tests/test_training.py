@@ -16,6 +16,7 @@ from scipy import stats
 from tiny_training import TRAINING, child_train, load_tiny, tiny_train
 
 from focusdpo_lib import params
+from focusdpo_lib.comparison import errors_by_region
 from focusdpo_lib.dip.dataset import DatasetError
 from focusdpo_lib.masks import correspondence, detail_field, focus_field
 from focusdpo_lib.pairs import pixels, prepare
@@ -591,3 +592,22 @@ def test_bfloat16_lora_weights_would_not_move_at_the_paper_s_learning_rates():
     for lr in (1e-8, 1e-5):
         assert moved(torch.bfloat16, lr) == 0
         assert moved(torch.float32, lr) == pytest.approx(20 * lr, rel=0.05 if lr > 1e-6 else 0.5)
+
+
+def test_errors_by_region_are_those_of_a_plain_loop_and_equal_for_an_untrained_adapter(prepared, policy):
+    table = errors_by_region(policy, prepared, times=(0.5,))
+    noise = {c: torch.randn(p.win.shape, generator=torch.Generator().manual_seed(c)) for c, p in prepared.items()}
+    totals, areas = 0.0, 0.0
+    for count, pairs in prepared.items():
+        inside = pairs.prior_tokens.amax(1).reshape(-1, *pairs.token_grid)
+        inside = inside.repeat_interleave(2, 1).repeat_interleave(2, 2)  # a token is 2×2 latents
+        for i in range(len(pairs)):
+            x, e, t = pairs.lose[[i]], noise[count][[i]], torch.tensor([0.5])
+            with torch.no_grad():
+                prediction = policy.predict(0.5 * x + 0.5 * e, t, pairs.conditioning[[i]])
+            totals += ((prediction - (e - x)) ** 2).mean(1)[0][inside[i] == 0].sum().item()
+            areas += (inside[i] == 0).sum().item()
+    assert table.loc[("loser", "background"), "trained"] == pytest.approx(totals / areas, rel=1e-4)
+    assert abs(table["change"]).max() > 1e-3
+    policy.add_adapter(2)
+    assert (errors_by_region(policy, prepared, times=(0.5,))["change"] == 0).all()
