@@ -9,7 +9,6 @@ and the tables (a parameter `adapters`) come after them. What is complete is ski
 import argparse
 import json
 import os
-import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -139,14 +138,17 @@ def tables(results: Path) -> str:
 
 def keep_reference(results: Path, reference: Path) -> Path:
     """Copies what a complete run shows to `reference`, in place of an older one: tables and their figures, the mask
-    galleries, executed notebooks as HTML (of the trainings, seed 0's), and a README with machine, time and memory."""
+    galleries, executed notebooks as HTML (of the trainings one, whose curves show all), and a README with machine, time
+    and memory."""
     done = [f for f in (results / "notebooks").iterdir() if runs.is_complete(f)]
+    trainings = [f for f in done if f.name.startswith(TRAINING) and f.name.endswith("-seed0")]
+    shown = max(trainings, key=lambda f: list(ROWS).index(f.name[3:].removesuffix("-seed0")))
     with runs.atomic(reference) as kept:
         for name in TABLES:
             shutil.copytree(results / "tables" / name, kept / name)
         (kept / "notebooks").mkdir()
         for folder in done:
-            if not re.search(r"-seed[1-9]", folder.name):
+            if folder == shown or not folder.name.startswith(TRAINING):
                 shutil.copy(folder / f"{folder.name}.html", kept / "notebooks")
         for gallery in results.glob("masks/*/timesteps_*.png"):
             shutil.copy(gallery, kept)
