@@ -150,7 +150,10 @@ def _export_html(notebook: Path) -> None:
     from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
     exporter = HTMLExporter(preprocessors=[CoalesceStreamsPreprocessor])  # a progress bar is its last line
-    runs.write_text(notebook.with_suffix(".html"), exporter.from_filename(str(notebook))[0])
+    page = exporter.from_filename(str(notebook))[0]
+    # The exporter sets listings that a cell displays in the font of the text.
+    style = "<style>.jp-OutputArea-output .highlight pre {font-family: monospace; font-size: 90%}</style></head>"
+    runs.write_text(notebook.with_suffix(".html"), page.replace("</head>", style, 1))
 
 
 def _first_line(source: str) -> str:
