@@ -60,7 +60,7 @@ def prepare(
     for i, pair in enumerate(pairs):
         count = len(pair.references)
         order.setdefault(count, []).append(i)
-        _check_sizes(pair, sizes.setdefault(count, _sizes(pair)), 2 * backbone.stride)
+        _check_sizes(pair, sizes.setdefault(count, _sizes(pair)), backbone.multiple)
     return {
         count: _join([_prepare(backbone, [pairs[i] for i in rows[at : at + batch_size]], masks, patches)
                       for at in range(0, len(rows), batch_size)])

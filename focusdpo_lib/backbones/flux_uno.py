@@ -14,8 +14,8 @@ from diffusers import FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from focusdpo_lib.backbones.adapters import Adapted, chosen_precision
 from focusdpo_lib.backbones.conditioning import Conditioning
+from focusdpo_lib.backbones.family import Family, chosen_precision
 from focusdpo_lib.backbones.tokens import output_hook, pack, position_ids, query_key_hooks, unpack
 
 # UNO's own targets (R17): attention q, k, v and output of both streams in double blocks; q, k, v and output of single.
@@ -32,7 +32,7 @@ def load_subject_lora(pipeline: FluxPipeline, source: str | Path) -> None:
     pipeline.load_lora_weights(folder, weight_name=name, adapter_name="subject", use_safetensors=True)
 
 
-class FluxUno(Adapted):
+class FluxUno(Family):
     """A FLUX pipeline with UNO's conditioning, frozen but for the adapter that `add_adapter` puts on it."""
 
     part, targets, predicts = "transformer", LORA_TARGETS, "velocity"
@@ -51,6 +51,7 @@ class FluxUno(Adapted):
         self.position_mode, self.sampling_shift = position_mode, sampling_shift
         self.text_length = min(pipeline.tokenizer_2.model_max_length, 512) if pipeline.tokenizer_2 else 512
         self.stride = pipeline.vae_scale_factor
+        self.multiple = 2 * self.stride
         self.double_blocks = len(self.transformer.transformer_blocks)
 
     @classmethod
@@ -60,10 +61,6 @@ class FluxUno(Adapted):
         if subject_lora is not None:
             load_subject_lora(pipeline, subject_lora)
         return cls(pipeline.to(device), **settings)
-
-    def autocast(self):
-        """Mixed precision as `precision` says; float32 weights stay float32."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16)
 
     def token_grid(self, size: Sequence[int]) -> tuple[int, int]:
         """The grid (h, w) of the target's tokens for latents of `size` (H, W)."""
@@ -110,11 +107,6 @@ class FluxUno(Adapted):
     def encode_references(self, images: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """One batch of reference pixels (B, 3, h, w) per subject → one batch of latents per subject."""
         return tuple(self.encode_images(image) for image in images)
-
-    @torch.no_grad()
-    def condition(self, prompts: list[str], references: Sequence[torch.Tensor]) -> Conditioning:
-        """Everything a prediction is conditioned on, for B prompts and S batches of reference pixels (B, 3, h, w)."""
-        return Conditioning(*self.encode_prompts(prompts), self.encode_references(references))
 
     # --- the diffusion -----------------------------------------------------------------------------------------------
 
@@ -195,20 +187,6 @@ class FluxUno(Adapted):
                 handle.remove()
 
     # --- sampling ----------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def sample(self, conditioning: Conditioning, seeds: Sequence[int], size: tuple[int, int], steps: int, guidance=1.0):
-        """Images (B, 3, H, W) in [-1, 1] by the pipeline's own scheduler; `size` is (H, W) in pixels.
-
-        The noise of a sample comes from a CPU generator of its own seed, so it does not depend on the batch or device.
-        """
-        if any(side % (2 * self.stride) for side in size):
-            raise ValueError(f"images of {size[0]}×{size[1]} pixels: both must be multiples of {2 * self.stride}")
-        channels = self.transformer.config.in_channels // 4
-        shape = (channels, size[0] // self.stride, size[1] // self.stride)
-        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        latents = torch.stack(noise).to(self.device)
-        return self.decode(self.denoise(latents, conditioning, steps, guidance))
 
     @torch.no_grad()
     def denoise(self, latents: torch.Tensor, conditioning: Conditioning, steps: int, guidance=1.0) -> torch.Tensor:

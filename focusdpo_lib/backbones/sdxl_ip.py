@@ -14,8 +14,8 @@ from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 from torch import nn
 from torch.nn import functional as F
 
-from focusdpo_lib.backbones.adapters import Adapted, chosen_precision
 from focusdpo_lib.backbones.conditioning import Conditioning
+from focusdpo_lib.backbones.family import Family, chosen_precision
 
 # R17: every attention's q, k, v and output, and IP-Adapter's own keys and values.
 LORA_TARGETS = r".*\.attn[12]\.(to_[qkv]|to_out\.0|processor\.to_[kv]_ip\.\d+)"
@@ -33,7 +33,7 @@ def clip_pixels(pixels: torch.Tensor, size: int) -> torch.Tensor:
     return ((pixels[..., top : top + size, left : left + size] + 1) / 2 - mean) / std
 
 
-class SdxlIp(Adapted):
+class SdxlIp(Family):
     """An SDXL pipeline with an IP-Adapter, frozen but for the adapter that `add_adapter` puts on its U-Net."""
 
     part, targets, predicts = "unet", LORA_TARGETS, "epsilon"
@@ -59,7 +59,7 @@ class SdxlIp(Adapted):
         self.device = self.unet.device
         self.precision = chosen_precision(precision, self.device)
         self.image_tokens, self.negative_prompt = image_tokens, negative_prompt
-        self.stride = pipeline.vae_scale_factor
+        self.stride = self.multiple = pipeline.vae_scale_factor
         self.noising = DDPMScheduler.from_config(pipeline.scheduler.config)
         self.attentions = [m for n, m in self.unet.named_modules() if n.endswith(".attn2")]
 
@@ -76,10 +76,6 @@ class SdxlIp(Adapted):
             ip_adapter, subfolder=str(path.parent), weight_name=path.name, image_encoder_folder=ip_encoder
         )
         return cls(pipeline.to(device), **settings)
-
-    def autocast(self):
-        """Mixed precision as `precision` says; float32 weights stay float32."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16)
 
     def token_grid(self, size: Sequence[int]) -> tuple[int, int]:
         """Scores of layers of every size are resampled to the latent grid (R7)."""
@@ -100,17 +96,17 @@ class SdxlIp(Adapted):
 
     @torch.no_grad()
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels (B, 3, H, W) in [-1, 1] → latents (B, C, H/stride, W/stride), float32: the posterior's mean.
+        """Pixels (B, 3, H, W) in [-1, 1] → latents (B, C, H/stride, W/stride): the posterior's mean.
 
-        In float32: SDXL's own autoencoder overflows float16.
+        Outside autocast: SDXL's own autoencoder overflows half precision.
         """
-        mean = self.vae.float().encode(pixels.to(self.device).float()).latent_dist.mode()
+        mean = self.vae.encode(pixels.to(self.device).float()).latent_dist.mode()
         return mean * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, h, w) → pixels (B, 3, H, W) in [-1, 1], float32."""
-        return self.vae.float().decode(latents.to(self.device) / self.vae.config.scaling_factor).sample.clamp(-1, 1)
+        return self.vae.decode(latents.to(self.device) / self.vae.config.scaling_factor).sample.clamp(-1, 1)
 
     def encode_prompts(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompts → token embeddings of both encoders (B, L, d) and the second's pooled embedding (B, d_pooled)."""
@@ -128,11 +124,6 @@ class SdxlIp(Adapted):
         encoder = self.pipeline.image_encoder
         hidden = encoder(pixels.to(encoder.dtype), output_hidden_states=True).hidden_states[-2]
         return self.resampler(hidden.to(next(self.resampler.parameters()).dtype)).float()
-
-    @torch.no_grad()
-    def condition(self, prompts: list[str], references: Sequence[torch.Tensor]) -> Conditioning:
-        """Everything a prediction is conditioned on, for B prompts and S batches of reference pixels (B, 3, h, w)."""
-        return Conditioning(*self.encode_prompts(prompts), self.encode_references(references))
 
     @torch.no_grad()
     def unconditional(self, count: int, references: int) -> Conditioning:
@@ -209,18 +200,6 @@ class SdxlIp(Adapted):
                 handle.remove()
 
     # --- sampling ----------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def sample(self, conditioning: Conditioning, seeds: Sequence[int], size: tuple[int, int], steps: int, guidance=1.0):
-        """Images (B, 3, H, W) in [-1, 1] by the pipeline's own scheduler; `size` is (H, W) in pixels.
-
-        The noise of a sample comes from a CPU generator of its own seed, so it does not depend on the batch or device.
-        """
-        if any(side % self.stride for side in size):
-            raise ValueError(f"images of {size[0]}×{size[1]} pixels: both must be multiples of {self.stride}")
-        shape = (self.unet.config.in_channels, size[0] // self.stride, size[1] // self.stride)
-        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return self.decode(self.denoise(torch.stack(noise).to(self.device), conditioning, steps, guidance))
 
     @torch.no_grad()
     def denoise(self, noise: torch.Tensor, conditioning: Conditioning, steps: int, guidance=1.0) -> torch.Tensor:

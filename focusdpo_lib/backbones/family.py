@@ -1,6 +1,7 @@
-"""What the families share: precision, and our adapter, the one set of weights that training moves and can turn off."""
+"""What the families share: precision, sampling, and our adapter, which training moves and the reference model lacks."""
 
 import warnings
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+
+from focusdpo_lib.backbones.conditioning import Conditioning
 
 ADAPTER = "policy"  # the name of the one adapter that training moves
 
@@ -27,13 +30,38 @@ def chosen_precision(precision: str, device: torch.device) -> torch.dtype:
     return auto if precision == "auto" else getattr(torch, precision)
 
 
-class Adapted:
-    """What a backbone with a peft network can do with our adapter; subclasses set the attributes below."""
+class Family:
+    """What every backbone does alike; a family sets the attributes below and says how to encode, predict, denoise."""
 
     network: nn.Module  # the transformer or U-Net that carries the LoRA
     part: str  # its name in the pipeline, "transformer" or "unet", which prefixes the keys of a saved adapter
     targets: str  # R17: a regular expression of the modules that get LoRA weights
     predicts: str  # "velocity" or "epsilon"
+    multiple: int  # the sides of an image are multiples of so many pixels
+
+    def autocast(self):
+        """Mixed precision as `precision` says; float32 weights stay float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16)
+
+    @torch.no_grad()
+    def condition(self, prompts: list[str], references: Sequence[torch.Tensor]) -> Conditioning:
+        """Everything a prediction is conditioned on, for B prompts and S batches of reference pixels (B, 3, h, w)."""
+        return Conditioning(*self.encode_prompts(prompts), self.encode_references(references))
+
+    @torch.no_grad()
+    def sample(self, conditioning: Conditioning, seeds: Sequence[int], size: tuple[int, int], steps: int, guidance=1.0):
+        """Images (B, 3, H, W) in [-1, 1] by the pipeline's own scheduler; `size` is (H, W) in pixels.
+
+        The noise of a sample comes from a CPU generator of its own seed, so it does not depend on the batch or device.
+        """
+        if any(side % self.multiple for side in size):
+            raise ValueError(f"images of {size[0]}×{size[1]} pixels: both must be multiples of {self.multiple}")
+        shape = (self.vae.config.latent_channels, size[0] // self.stride, size[1] // self.stride)
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        latents = torch.stack(noise).to(self.device)
+        return self.decode(self.denoise(latents, conditioning, steps, guidance))
+
+    # --- our adapter -------------------------------------------------------------------------------------------------
 
     def add_adapter(self, rank: int, alpha: float | None = None, targets: list[str] | None = None, seed: int = 0):
         """Puts a fresh LoRA on the network, the only (float32) weights with gradients; B = 0: no change yet."""
