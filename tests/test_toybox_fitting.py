@@ -53,8 +53,10 @@ def test_every_optimizer_follows_the_schedule_from_its_own_peak(tmp_path, monkey
     monkeypatch.setattr(
         torch.optim.SGD, "step", lambda self, *a: (seen.append(self.param_groups[0]["lr"]), original(self, *a))
     )
-    run(tmp_path, steps=40)
-    assert seen == [pytest.approx(learning_rate(step, 40, 0.01)) for step in range(40)]
+    for decay_from in (0.5, 0.8):
+        seen.clear()
+        run(tmp_path / str(decay_from), steps=40, decay_from=decay_from)
+        assert seen == [pytest.approx(learning_rate(step, 40, 0.01, decay_from=decay_from)) for step in range(40)]
 
 
 @pytest.mark.parametrize("die_at", [1, 4, 7, 11])
