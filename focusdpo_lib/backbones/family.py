@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from focusdpo_lib.backbones.conditioning import Conditioning
 
@@ -42,6 +43,11 @@ class Family:
     def autocast(self):
         """Mixed precision as `precision` says; float32 weights stay float32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16)
+
+    def attention(self):
+        """On a CPU the fused attention kernel's backward is slow at short lengths: 40 % of a toybox step."""
+        recomputed = self.network.is_gradient_checkpointing  # in the backward pass, where this context is over
+        return sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" and not recomputed else nullcontext()
 
     @torch.no_grad()
     def condition(self, prompts: list[str], references: Sequence[torch.Tensor]) -> Conditioning:

@@ -6,13 +6,12 @@ References go through the same embedder as the target and share its timestep; on
 
 import math
 from collections.abc import Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from diffusers import FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from focusdpo_lib.backbones.conditioning import Conditioning
 from focusdpo_lib.backbones.family import Family, chosen_precision
@@ -76,11 +75,6 @@ class FluxUno(Family):
         if not which:
             raise ValueError('masks.layers is an empty list: name at least one layer, or "double" or "all"')
         return list(which)
-
-    def _attention(self):
-        """On a CPU the fused attention kernel's backward is slow at short lengths: 40 % of a toybox step."""
-        recomputed = self.transformer.gradient_checkpointing  # in the backward pass, where this context is over
-        return sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" and not recomputed else nullcontext()
 
     # --- images, prompts and references to what the transformer sees -------------------------------------------------
 
@@ -154,7 +148,7 @@ class FluxUno(Family):
         distilled = self.transformer.config.guidance_embeds
         with (
             self.autocast(),
-            self._attention(),
+            self.attention(),
             self._tapped(taps, conditioning.text.shape[1], [x.shape[1] for x in tokens]),
         ):
             output = self.transformer(

@@ -176,7 +176,7 @@ class SdxlIp(Family):
             "time_ids": sizes.expand(len(noised), -1),
             "image_embeds": [images],
         }
-        with self.autocast(), self._tapped(taps, noised.shape[-2:], len(conditioning.references)):
+        with self.autocast(), self.attention(), self._tapped(taps, noised.shape[-2:], len(conditioning.references)):
             return self.unet(
                 noised.to(dtype),
                 steps,

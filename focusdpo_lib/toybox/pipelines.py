@@ -4,8 +4,24 @@ Saved with `save_pretrained`, they load through the same `from_pretrained` as th
 """
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from focusdpo_lib.toybox import world
 from focusdpo_lib.toybox.settings import SETTINGS
@@ -62,6 +78,22 @@ def build_autoencoder(channels: tuple[int, ...] = (24, 48, 96)) -> AutoencoderKL
     )
 
 
+def clip_text_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
+    """A text encoder of two layers for the toybox's captions."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=TEXT_LENGTH,
+        projection_dim=width,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
 def build_flux(
     vae: AutoencoderKL | None = None,
     *,
@@ -77,19 +109,7 @@ def build_flux(
     torch.manual_seed(seed)
     vae = vae or build_autoencoder()
     clip_tokenizer, t5_tokenizer = build_clip_tokenizer(), build_t5_tokenizer()
-    clip = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(clip_tokenizer),
-            hidden_size=text_dim,
-            intermediate_size=2 * text_dim,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=TEXT_LENGTH,
-            bos_token_id=clip_tokenizer.bos_token_id,
-            eos_token_id=clip_tokenizer.eos_token_id,
-            pad_token_id=clip_tokenizer.pad_token_id,
-        )
-    )
+    clip = CLIPTextModel(clip_text_config(clip_tokenizer, text_dim))
     t5 = T5EncoderModel(
         T5Config(
             vocab_size=len(t5_tokenizer), d_model=text_dim, d_kv=text_dim // 2, d_ff=2 * text_dim, num_layers=2,
@@ -110,3 +130,55 @@ def build_flux(
     )
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0)
     return FluxPipeline(scheduler, vae, clip, clip_tokenizer, t5, t5_tokenizer, transformer)
+
+
+def build_sdxl(
+    vae: AutoencoderKL | None = None,
+    *,
+    channels: tuple[int, int] = (64, 160),
+    head_dim: int = 32,
+    blocks: int = 2,
+    text_dim: int = 64,
+    seed: int = 0,
+    **parts,
+) -> StableDiffusionXLPipeline:
+    """A whole SDXL pipeline of toy size with random weights: attention at half the latents' side, as SDXL begins.
+
+    `blocks` transformer blocks stand in every attention; `parts` replace components of the pipeline. SDXL's latents
+    have no shift, so an autoencoder's own is dropped.
+    """
+    torch.manual_seed(seed)
+    vae = vae or build_autoencoder()
+    vae.register_to_config(shift_factor=None)
+    tokenizer = build_clip_tokenizer()
+    text = clip_text_config(tokenizer, text_dim)
+    time_dim = 16
+    unet = UNet2DConditionModel(
+        sample_size=world.SCENE_SIZE // 4,
+        in_channels=vae.config.latent_channels,
+        out_channels=vae.config.latent_channels,
+        block_out_channels=channels,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, blocks),
+        attention_head_dim=tuple(width // head_dim for width in channels),  # diffusers means the number of heads
+        use_linear_projection=True,
+        cross_attention_dim=2 * text_dim,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=time_dim,
+        projection_class_embeddings_input_dim=text_dim + 6 * time_dim,
+        norm_num_groups=16,
+    )
+    components = {
+        "vae": vae,
+        "text_encoder": CLIPTextModel(text),
+        "text_encoder_2": CLIPTextModelWithProjection(text),
+        "tokenizer": tokenizer,
+        "tokenizer_2": tokenizer,
+        "unet": unet,
+        "scheduler": EulerDiscreteScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+        ),
+    }
+    return StableDiffusionXLPipeline(**components | parts, add_watermarker=False)

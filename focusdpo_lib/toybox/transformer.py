@@ -22,6 +22,14 @@ SIZES = {"heads": 6, "head_dim": 32, "double_blocks": 2, "single_blocks": 4}  # 
 SINGLES = 900  # a fixed number, so that a longer run starts as a shorter one does
 
 
+def training_sample(seed: int, index: int) -> tuple[world.Scene, list[np.ndarray]]:
+    """Sample `index` of the training world: its scene and a photo of each subject; odd indices show two subjects."""
+    rng = np.random.default_rng([seed, index])
+    subjects = world.sample_subjects(rng, 1 + index % 2)
+    scene = world.sample_scene(rng, subjects)
+    return scene, [world.halve(world.photo(s, int(rng.integers(2**31)))) for s in subjects]
+
+
 def make_latents(vae: AutoencoderKL, path: Path, first: int, count: int, seed: int = 0, batch: int = 50) -> None:
     """Encodes samples first … first + count − 1 of the training world and writes them as one safetensors file.
 
@@ -42,14 +50,11 @@ def make_latents(vae: AutoencoderKL, path: Path, first: int, count: int, seed: i
     for start in range(first, first + count, batch):
         scenes, photos, covers = [], [], []
         for i in range(start, start + batch):
-            rng = np.random.default_rng([seed, i])
-            subjects = world.sample_subjects(rng, 1 + i % 2)
-            scene = world.sample_scene(rng, subjects)
+            scene, references = training_sample(seed, i)
             image, masks = world.render(scene)
             scenes.append(image)
             covers.append(masks.any(0))
             captions.append(scene.caption)
-            references = [world.halve(world.photo(s, int(rng.integers(2**31)))) for s in subjects]
             photos += (references * 2)[:2]
         references = encode(photos).unflatten(0, (batch, 2))
         references[::2, 1] = 0
