@@ -23,24 +23,38 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+FAMILY_SETTINGS = {
+    "flux_uno": ("subject_lora", "position_mode", "sampling_shift"),
+    "sdxl_ip": ("ip_adapter", "ip_weights", "ip_encoder", "ip_scale", "image_tokens", "negative_prompt"),
+}
+
+
 class Backbone(Section):
     family: Literal["flux_uno", "sdxl_ip"] = "flux_uno"
     model: str = "toybox"  # a pipeline folder or hub id; "toybox" is the model shipped with the package
     revision: str | None = None
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 wherever the device computes in it
 
-    # flux_uno
+    # flux_uno alone
     subject_lora: str | None = None  # UNO's released LoRA file or hub id: part of the base, never switched off
     position_mode: Literal["d", "h", "w", "o"] = "d"  # UNO's offset of the reference position ids
     sampling_shift: Literal["uno", "library"] = "uno"  # the token count that shifts a sampling run's times
 
-    # sdxl_ip
-    ip_adapter: str | None = None  # folder or hub id with the IP-Adapter's weights and image encoder
+    # sdxl_ip alone
+    ip_adapter: str | None = None  # folder or hub id of weights and image encoder; none: the model's own `ip_adapter`
     ip_weights: str = "sdxl_models/ip-adapter-plus_sdxl_vit-h.safetensors"  # in it
     ip_encoder: str = "models/image_encoder"  # in it
     ip_scale: float = Field(1.0, ge=0)  # PatchDPO's protocol: 0.78 with all references, 0.65 with one
     image_tokens: Literal["concatenate", "average"] = "concatenate"  # of several references; average: PatchDPO's
     negative_prompt: str = ""  # of guided sampling
+
+    @model_validator(mode="after")
+    def _of_this_family(self):
+        for family, names in FAMILY_SETTINGS.items():
+            for name in names if family != self.family else ():
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} is a setting of {family} and means nothing to {self.family}: remove it")
+        return self
 
 
 class Dip(Section):

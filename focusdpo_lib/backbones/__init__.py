@@ -52,9 +52,10 @@ def load(settings: params.Backbone, device: str | torch.device = "cpu") -> Backb
 
     Raises BackboneError when a model, LoRA or IP-Adapter is missing, incomplete or out of reach.
     """
-    model, extras = model_path(settings), _extras(settings)
+    model = model_path(settings)
     remedy = "run `make toybox-weights`" if settings.model == "toybox" else "correct backbone.model"
     _check(model, "model_index.json", f"the model {model}", remedy)
+    extras = _extras(settings)
     for name, needed in (("subject_lora", ""), ("ip_adapter", settings.ip_weights)):
         if (source := extras.get(name)) is not None:
             _check(source, needed, f"the {WORDS[name]} {source}", f"correct backbone.{name}")
@@ -79,13 +80,18 @@ WORDS = {"subject_lora": "subject LoRA", "ip_adapter": "IP-Adapter"}
 
 def _extras(settings: params.Backbone) -> dict:
     """The settings that only one family knows, by the names of its constructor."""
-    if settings.family == "flux_uno":
-        names = {"subject_lora", "position_mode", "sampling_shift"}
-        return settings.model_dump(include=names)
-    if settings.ip_adapter is None and settings.model != "toybox":
+    extras = settings.model_dump(include=set(params.FAMILY_SETTINGS[settings.family]))
+    if settings.family == "sdxl_ip":
+        extras |= {"scale": extras.pop("ip_scale"), "ip_adapter": _ip_adapter(settings)}
+    return extras
+
+
+def _ip_adapter(settings: params.Backbone) -> str:
+    """The IP-Adapter named, or the one that lies in the model's folder, as the shipped model's does."""
+    model = Path(model_path(settings))
+    if settings.ip_adapter is None and settings.model != "toybox" and not (model / "ip_adapter").is_dir():
         raise BackboneError("backbone.ip_adapter is missing: name the folder or hub id of an SDXL IP-Adapter-Plus")
-    names = {"ip_adapter", "ip_weights", "ip_encoder", "image_tokens", "negative_prompt"}
-    return settings.model_dump(include=names) | {"scale": settings.ip_scale}
+    return settings.ip_adapter or str(model / "ip_adapter")
 
 
 def _check(name: str, needed: str, what: str, remedy: str) -> None:
