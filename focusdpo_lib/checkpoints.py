@@ -1,8 +1,10 @@
 """What a training keeps on disk while it runs: one checkpoint file, and a log with one row a pair and step."""
 
 import csv
+import fcntl
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,6 +16,20 @@ from focusdpo_lib.runs import NO_SPACE, RunError, atomic
 
 LOG = "steps.csv"
 CHECKPOINT = "checkpoint.safetensors"
+LOCK = ".training"
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keeps other processes from training in the same folder; the system lets go of it however this process ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"another process is training in {folder}: wait for it, or end it") from None
+        yield
+    (folder / LOCK).unlink(missing_ok=True)
 
 
 def save_checkpoint(folder: Path, step: int, weights: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
