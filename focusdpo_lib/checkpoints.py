@@ -35,9 +35,10 @@ def held(folder: Path) -> Iterator[None]:
 def save_checkpoint(folder: Path, step: int, weights: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
     """Writes weights and optimizer state after `step` steps as one file, whole or not at all."""
     tensors = {f"{i}.weight": weight for i, weight in enumerate(weights)}
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"{i}.{name}": torch.as_tensor(value) for name, value in state.items()}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    for i, weight in enumerate(weights):
+        tensors |= {f"{i}.{name}": torch.as_tensor(value) for name, value in optimizer.state[weight].items()}
+    # Copied: quantized optimizers share tables among their states, which safetensors refuses.
+    tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     with atomic(folder / CHECKPOINT) as partial:
         save_file(tensors, partial, {"step": str(step)})
 
@@ -59,10 +60,17 @@ def resume(folder: Path, weights: Sequence[nn.Parameter], optimizer: torch.optim
     loaded = [states[i].pop("weight") for i in sorted(states)]
     if [tensor.shape for tensor in loaded] != [weight.shape for weight in weights]:
         raise RunError(f"{path} is of another adapter: choose another run name, or delete {folder}")
-    for weight, tensor in zip(weights, loaded, strict=True):
+    for i, (weight, tensor) in enumerate(zip(weights, loaded, strict=True)):
         weight.data.copy_(tensor)
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
+        optimizer.state[weight] = {name: _restored(value, weight.device) for name, value in states[i].items()}
     return step
+
+
+def _restored(value: torch.Tensor, device: torch.device) -> torch.Tensor | int:
+    """A part of an optimizer's state: torch counts steps in a float tensor on the CPU, bitsandbytes in an int."""
+    if value.ndim:
+        return value.to(device)
+    return value if value.is_floating_point() else value.item()
 
 
 def cut_log(folder: Path, step: int) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from focusdpo_lib import backbones, params
+from focusdpo_lib import adapter_card, backbones, params
 from focusdpo_lib.dip import dataset
 from focusdpo_lib.dip import toybox as dip_toybox
 from focusdpo_lib.evaluation.benchmark import Benchmark
@@ -107,6 +107,7 @@ def train_adapter(
                 words = command(job.folder, prepared, training.processes, launch or params.Launch())
                 run_processes(words, job.folder)
                 job.facts["processes"] = json.loads((job.folder / FACTS).read_text(encoding="utf-8"))
+            adapter_card.write(job.folder / ADAPTER, job.folder, backbone, objective, masks, training)
             (job.folder / CHECKPOINT).unlink(missing_ok=True)
     return job.folder
 

@@ -9,6 +9,7 @@ from focusdpo_lib.toybox.clip import build_clip, save_clip
 from focusdpo_lib.toybox.dino import build_dino, save_dino
 from focusdpo_lib.toybox.pipelines import build_autoencoder, build_flux
 from focusdpo_lib.toybox.reader import Reader, save_reader
+from focusdpo_lib.toybox.unet import new_backbone, save_backbone
 
 
 def write_tiny_models(out: Path, seed: int = 0) -> Path:
@@ -26,3 +27,11 @@ def write_tiny_models(out: Path, seed: int = 0) -> Path:
         with atomic(Path(out) / name) as partial:
             make(partial)
     return Path(out)
+
+
+def write_tiny_sdxl_ip(folder: Path) -> Path:
+    """A U-Net with its IP-Adapter: 64×64 pixels are 16×16 latents, with attention at 8×8."""
+    sizes = {"channels": (16, 32), "head_dim": 16, "blocks": 1, "text_dim": 16}
+    backbone = new_backbone(build_autoencoder((8, 8, 8)), image_width=32, hidden=64, **sizes)
+    save_backbone(backbone, folder, torch.float32)
+    return folder

@@ -22,11 +22,16 @@ SINGLES = 900  # steps with one subject only, at the start
 UNCONDITIONAL = 0.1  # share of samples without prompt and reference, for guidance
 
 
-def new_backbone(vae: AutoencoderKL, seed: int = 0, device: str = "cpu", **sizes) -> SdxlIp:
-    """An untrained U-Net and IP-Adapter, through the loaders of the published ones; `sizes` go to `build_sdxl`."""
+def new_backbone(
+    vae: AutoencoderKL, seed: int = 0, device: str = "cpu", *, image_width: int = 128, hidden: int = 128, **sizes
+) -> SdxlIp:
+    """An untrained U-Net and IP-Adapter, through the loaders of the published ones.
+
+    `image_width` and `hidden` are the widths of image encoder and resampler; `sizes` go to `build_sdxl`.
+    """
     pipeline, settings = build_sdxl(vae, seed=seed, **sizes), Backbone()
     with TemporaryDirectory() as folder:
-        new_ip_adapter(Path(folder), pipeline.unet)
+        new_ip_adapter(Path(folder), pipeline.unet, hidden, width=image_width)
         path = Path(settings.ip_weights)
         pipeline.load_ip_adapter(
             folder, subfolder=str(path.parent), weight_name=path.name, image_encoder_folder=settings.ip_encoder
