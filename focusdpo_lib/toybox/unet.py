@@ -74,6 +74,7 @@ def train_sdxl_ip(
     name the five attributes train along with it. One subject only for the first `SINGLES` steps, then two in every
     third. Errors inside subjects weigh five times. Resumable in `folder`; `options` go to `fit`.
     """
+    offset = (vae.config.shift_factor or 0.0) * vae.config.scaling_factor  # the latents were made for FLUX
     backbone = new_backbone(vae, seed, device, **(sizes or {}))
     pipeline, encoder = backbone.pipeline, backbone.pipeline.image_encoder
     heads = nn.ModuleDict(
@@ -102,7 +103,7 @@ def train_sdxl_ip(
         draw = generator(seed, step)
         count = 2 if step >= SINGLES and step % 3 == 2 else 1
         at = 2 * torch.randint(len(captions) // 2, (batch,), generator=draw) + count - 1
-        clean = data["target"][at].float().to(device)
+        clean = data["target"][at].float().to(device) + offset
         noise = torch.randn(clean.shape, generator=draw).to(device)
         t = (1 - torch.rand(batch, generator=draw)).to(device)
         kept = torch.rand(batch, generator=draw) >= UNCONDITIONAL
