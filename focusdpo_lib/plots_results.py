@@ -155,8 +155,11 @@ def sample_grid(
         shown = line[[width == 1 for width in widths]]
         pictures = [*case.references, *(Path(f) / IMAGES / image_name(case, 0) for f in folders.values())]
         for axis, picture, title in zip(shown, pictures, titles, strict=True):
-            bare(axis, "" if n else _broken(title)).imshow(np.asarray(open_image(picture)))
-        line[0].set_xlabel(f"“{case.prompt}”", loc="left")
+            bare(axis).imshow(np.asarray(open_image(picture)))
+            axis.set_title("" if n else _broken(title), size="medium" if step > 1 else "small")
+        shown[0].set_xlabel(" ")  # the height of the prompt, which is wider than its column and must not widen it
+        prompt = {"transform": shown[0].transAxes, "va": "top", "in_layout": False}
+        shown[0].text(0, -0.05, f"“{case.prompt}”", **prompt)
     return figure
 
 

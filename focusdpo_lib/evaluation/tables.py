@@ -183,9 +183,10 @@ def _sampling(protocol: dict) -> Iterator[str]:
     alike = {k: v for k, v in every[0].items() if all(other.get(k) == v for other in every)} if every else {}
     names = [FAMILIES.get(name, "the other rows") for name in by_family]
     own = [{k: v for k, v in settings.items() if k not in alike} for settings in every]
-    for who, settings in [(" and ".join(names), alike), *zip(names, own, strict=True)]:
+    for who, settings in [(names, alike), *zip([[name] for name in names], own, strict=True)]:
         if settings:
-            yield f" {who} sampled with {', '.join(f'{key} = {value}' for key, value in settings.items())}."
+            how = ", ".join(f"{key} = {value}" for key, value in settings.items())
+            yield f" {' and '.join(who)} {'were' if len(who) > 1 else 'was'} sampled with {how}."
 
 
 def _columns(settings: Evaluation, protocol: dict) -> list[tuple[str, str, str]]:
