@@ -4,6 +4,7 @@
 PYTHON ?= python3
 PROFILE ?= toybox
 SEEDS ?= 1
+FAMILIES ?= uno ipap
 
 python := .venv/bin/python
 ready := .venv/.ready
@@ -24,8 +25,8 @@ help: ## List the targets
 	@echo "FocusDPO reproduction kit: make <target>"
 	@sed -n 's/^\([a-z.-]*\):[^#]*## \(.*\)/  \1|\2/p' Makefile | awk -F '|' '{printf "%-18s %s\n", $$1, $$2}'
 
-reproduce: $(ready) ## Run every notebook and print Tables 1 and 2 (PROFILE=toybox SEEDS=1)
-	$(python) -m focusdpo_lib.reproduce --profile "$(PROFILE)" --seeds "$(SEEDS)"
+reproduce: $(ready) ## Run every notebook and print Tables 1 and 2 (PROFILE=toybox SEEDS=1 FAMILIES=uno)
+	$(python) -m focusdpo_lib.reproduce --profile "$(PROFILE)" --seeds "$(SEEDS)" --families $(FAMILIES)
 
 lab: $(ready) ## Open JupyterLab on the notebooks
 	$(python) -m jupyterlab notebooks

@@ -28,7 +28,7 @@ class Job:
     notebook: Path
     folder: Path  # of the executed notebook; its last part is the job's name
     params: Path | None = None  # YAML
-    overrides: Mapping[str, Any] = field(default_factory=dict)  # over the YAML; "training.seed" reaches into a section
+    overrides: Mapping[str, Any] = field(default_factory=dict)  # over the YAML; "training.lora.rank" reaches into it
     inputs: Mapping[str, Path | str] = field(default_factory=dict)  # as of runs.Run
     products: Sequence[Path] = ()  # run folders the notebook makes: complete before this job is skipped
     after: Sequence[str] = ()  # names of the jobs it depends on
@@ -43,11 +43,19 @@ def resolved(job: Job) -> dict[str, Any]:
     """What the notebook is given: the YAML under the overrides, checked against the notebook's parameters cell."""
     values = params.read_yaml(job.params) if job.params else {}
     for key, value in job.overrides.items():
-        name, _, inner = key.partition(".")
-        section = values.get(name) or notebooks.parameters(job.notebook).get(name) or {}
-        values[name] = {**section, inner: value} if inner else value
+        name, *inner = key.split(".")
+        section = values.get(name) or notebooks.parameters(job.notebook).get(name)
+        values[name] = replaced(section, inner, value)
     notebooks.check(job.notebook, values, str(job.params or "the overrides"))
     return values
+
+
+def replaced(section: Any, keys: Sequence[str], value: Any) -> Any:
+    """A copy of nested groups with the value that `keys` lead to; groups on the way are made where missing."""
+    if not keys:
+        return value
+    group = section if isinstance(section, Mapping) else {}
+    return {**group, keys[0]: replaced(group.get(keys[0]), keys[1:], value)}
 
 
 def execute(job: Job) -> bool:

@@ -1,4 +1,4 @@
-"""What notebooks 04 and 05 compare on one benchmark: anchors, base and adapters, each generated and scored once.
+"""What notebooks 04 and 05 compare on one benchmark: anchors, bases and adapters, each generated and scored once.
 
 adapters (training runs) → images (generation runs) → scores → `evaluation.tables`
 """
@@ -32,21 +32,30 @@ from focusdpo_lib.training import LOG
 ORACLE = "oracle"
 
 
-def adapters(results: Path, rows: Mapping[str, Sequence[str]]) -> tuple[dict[str, list[Path]], list[str]]:
-    """The complete training runs of every row (names, one a training seed), and a sentence for each that is not."""
+def adapters(results: Path, families: Mapping[str, params.FamilyRows]) -> tuple[dict[str, list[Path]], list[str]]:
+    """The complete training runs of every row ("uno_sft"), one a seed, and a sentence for each that is not complete."""
     found, missing = {}, []
-    known = [row for row in tables.ROWS if row in rows] + [row for row in rows if row not in tables.ROWS]
-    for row, names in ((row, rows[row]) for row in known):
-        for name in names:
-            folder = Path(results) / "training" / name
-            if runs.is_complete(folder):
-                found.setdefault(row, []).append(folder)
-            else:
-                missing.append(
-                    f"{tables.ROWS.get(row, row)} stands here without {name}: {folder} holds no complete training run. "
-                    f"Run notebook 03 with 03_{row}.yaml of your profile's params and run this notebook again"
-                )
+    named = {f"{family}_{o}": names for family, rows in families.items() for o, names in rows.adapters}
+    for row, name in ((row, name) for row, names in named.items() for name in names):
+        folder = Path(results) / "training" / name
+        if runs.is_complete(folder):
+            _check_family(folder, row, families[tables.family(row)].backbone.family)
+            found.setdefault(row, []).append(folder)
+        else:
+            missing.append(
+                f"{tables.ROWS[row]} stands here without {name}: {folder} holds no complete training run. "
+                f"Run notebook 03 with 03_{row}.yaml of your profile's params and run this notebook again"
+            )
     return found, missing
+
+
+def _check_family(folder: Path, row: str, expected: str) -> None:
+    """ParameterError for a training run on another family's backbone, whose row would bear the wrong name."""
+    if (trained := _params(folder)["backbone"]["family"]) != expected:
+        raise params.ParameterError(
+            f"{folder} was trained on {trained} and cannot be a row of {expected} ({tables.ROWS[row]}): "
+            "name it under its own family"
+        )
 
 
 def oracle_images(results: Path, benchmark: Benchmark, prompts: int | None = None) -> Path:
@@ -65,18 +74,25 @@ def oracle_images(results: Path, benchmark: Benchmark, prompts: int | None = Non
 def make_images(
     results: Path,
     benchmark: Benchmark,
-    backbone: params.Backbone,
-    generation: params.Generation,
+    families: Mapping[str, params.FamilyRows],
     found: Mapping[str, Sequence[Path]],
 ) -> dict[str, list[Path]]:
-    """Generation runs by row, one a training seed: the oracle's, the base's and every adapter's; made where missing."""
-    folders = {
-        ORACLE: [oracle_images(results, benchmark, generation.prompts)],
-        "base": [stages.generate_images(results, "base", benchmark, backbone, generation)],
-    }
-    for row, trained in found.items():
-        folders[row] = [stages.generate_images(results, t.name, benchmark, backbone, generation, t) for t in trained]
+    """Generation runs by row, one a training seed: the bases' and every adapter's; made where missing.
+
+    With the oracle's, where the benchmark's attributes are known: only then can the true subjects be drawn.
+    """
+    folders = {ORACLE: [oracle_images(results, benchmark, prompts(families))]} if benchmark.has_attributes else {}
+    for family, rows in families.items():
+        how = benchmark, rows.backbone, rows.generation
+        folders[family] = [stages.generate_images(results, family, *how)]
+        for row in (row for row in found if tables.family(row) == family):
+            folders[row] = [stages.generate_images(results, trained.name, *how, trained) for trained in found[row]]
     return folders
+
+
+def prompts(families: Mapping[str, params.FamilyRows]) -> int | None:
+    """How many prompts of every subject are taken (none: all), the same in all families of a table."""
+    return next(rows.generation.prompts for rows in families.values())
 
 
 def score_rows(
@@ -85,10 +101,10 @@ def score_rows(
     folders: Mapping[str, Sequence[Path]],
     encoders: Encoders,
     evaluation: params.Evaluation,
-    generation: params.Generation,
+    families: Mapping[str, params.FamilyRows],
 ) -> dict[str, list[pd.DataFrame]]:
     """Scores by row, one table a training seed, with the anchors `photos` and `copy`; what `tables.table` takes."""
-    few = benchmark.first_prompts(generation.prompts)
+    few = benchmark.first_prompts(prompts(families))
     rows = {
         "photos": [scores.score_photos(few, encoders, evaluation)],
         "copy": [scores.score_copy(few, encoders, evaluation)],
@@ -97,9 +113,8 @@ def score_rows(
         if row == ORACLE:  # an anchor: no sampling settings stand behind it
             rows[row] = [scores.score_images(few, made[0] / IMAGES, encoders, evaluation, None)]
         else:
-            rows[row] = [
-                stages.score(results, run.name, benchmark, run, encoders, evaluation, generation) for run in made
-            ]
+            sampled = families[tables.family(row)].generation
+            rows[row] = [stages.score(results, run.name, benchmark, run, encoders, evaluation, sampled) for run in made]
     return rows
 
 
@@ -108,13 +123,13 @@ def attribute_table(
     folders: Mapping[str, Sequence[Path]],
     encoders: Encoders,
     evaluation: params.Evaluation,
-    generation: params.Generation,
+    families: Mapping[str, params.FamilyRows],
 ) -> pd.DataFrame:
     """Share of images with each attribute read right: row, attribute, value, low, high (95 %, as in the tables)."""
-    few = benchmark.first_prompts(generation.prompts)
+    few = benchmark.first_prompts(prompts(families))
     lines = []
     for row, made in folders.items():
-        count = 1 if row == ORACLE else generation.images_per_prompt
+        count = 1 if row == ORACLE else families[tables.family(row)].generation.images_per_prompt
         read = [_read_attributes(few, run / IMAGES, encoders, count) for run in made]
         for name in ATTRIBUTES:
             values = statistics.units(read, name, evaluation.average)
@@ -145,7 +160,7 @@ def shown(result: pd.DataFrame) -> HTML:
 
 
 def save_table(
-    results: Path, name: str, result: pd.DataFrame, figures: Mapping[str, Figure], inputs: Mapping[str, Path]
+    results: Path, name: str, result: pd.DataFrame, figures: Mapping[str, Figure | None], inputs: Mapping[str, Path]
 ) -> Path:
     """Keeps a table (text, Markdown, CSV) and its figures at results/tables/<name>, whole, in place of an older one."""
     folder = Path(results) / "tables" / name
@@ -154,19 +169,20 @@ def save_table(
             (partial / f"table.{suffix}").write_text(form(result), encoding="utf-8")
         result.to_csv(partial / "table.csv", index=False)
         for title, figure in figures.items():
-            figure.savefig(partial / f"{title}.png")
+            if figure is not None:
+                figure.savefig(partial / f"{title}.png")
     return folder
 
 
 def logs_beside(folder: Path) -> dict[str, pd.DataFrame]:
-    """The step logs of a training run and of the complete runs beside it with its seed: {objective: log}."""
+    """The step logs of a training run and of the complete runs beside it on its backbone and seed: {objective: log}."""
     own = _params(folder)
     found = {}
     for other in [folder, *sorted(p for p in Path(folder).parent.iterdir() if runs.is_complete(p))]:
         there = _params(other)
-        if there["training"]["seed"] == own["training"]["seed"]:
+        if (there["backbone"], there["training"]["seed"]) == (own["backbone"], own["training"]["seed"]):
             found.setdefault(there["objective"]["name"], pd.read_csv(other / LOG))
-    return {name: found[name] for name in tables.ROWS if name in found}
+    return {name: found[name] for name in tables.OBJECTIVES if name in found}
 
 
 @torch.no_grad()
@@ -204,9 +220,7 @@ def _params(folder: Path) -> dict:
     return yaml.safe_load((Path(folder) / runs.PARAMS).read_text(encoding="utf-8"))
 
 
-def order(result: pd.DataFrame, column: str) -> list[str]:
-    """The base and what was trained from it, from the highest value of a column to the lowest."""
-    rows = result[
-        (result["column"] == column) & (result["difference"].notna() | (result["row"] == result.attrs["base"]))
-    ]
+def order(result: pd.DataFrame, column: str, family: str) -> list[str]:
+    """A family's base ("UNO") and what was trained from it, from the highest value of a column to the lowest."""
+    rows = result[(result["column"] == column) & (result["family"] == family)]
     return rows.sort_values("value", ascending=False)["row"].tolist()

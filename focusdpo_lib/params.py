@@ -166,6 +166,54 @@ class Evaluation(Section):
     seed: int = 0  # of the bootstrap
 
 
+class Benchmark(Section):
+    folder: str = "toybox"  # in DreamBench's layout; "toybox" is written under the results, attributes known
+    single: str | None = None  # the list of its one-subject cases, in UNO's format; none: its own cases_single.json
+    multi: str | None = None  # of its two-subject cases; none: its own cases_multi.json
+
+
+class Adapters(Section):
+    """The training runs behind a family's rows, one a training seed."""
+
+    sft: list[str] = []
+    dpo: list[str] = []
+    patchdpo: list[str] = []
+    focusdpo: list[str] = []
+
+
+class FamilyRows(Section):
+    """A family's rows of a table: its base, how that is sampled, and what was trained from it."""
+
+    backbone: Backbone = Backbone()
+    generation: Generation = Generation()
+    adapters: Adapters = Adapters()
+
+
+BASES = {"uno": "flux_uno", "ipap": "sdxl_ip"}  # the families as the paper's rows call them, and their backbones'
+
+
+class Families(Section):
+    """The model families of a table, named as its rows are; a family that is not given has no rows."""
+
+    uno: FamilyRows | None = None
+    ipap: FamilyRows | None = None
+
+    @property
+    def given(self) -> dict[str, FamilyRows]:
+        return {name: rows for name in BASES if (rows := getattr(self, name)) is not None}
+
+    @model_validator(mode="after")
+    def _of_one_table(self):
+        if not self.given:
+            raise ValueError(f"it names no family: give at least one of {', '.join(BASES)}")
+        for name, rows in self.given.items():
+            if rows.backbone.family != BASES[name]:
+                raise ValueError(f"{name}.backbone.family must be {BASES[name]}, not {rows.backbone.family}")
+        if len({rows.generation.prompts for rows in self.given.values()}) > 1:
+            raise ValueError("generation.prompts must be the same for all: one table has one list of cases")
+        return self
+
+
 SECTIONS: dict[str, type[Section]] = {
     "backbone": Backbone,
     "dip": Dip,
@@ -175,6 +223,8 @@ SECTIONS: dict[str, type[Section]] = {
     "launch": Launch,
     "generation": Generation,
     "evaluation": Evaluation,
+    "benchmark": Benchmark,
+    "families": Families,
 }
 
 
@@ -217,4 +267,10 @@ def _explain(name: str, error: dict, where: str) -> str:
     message = error["msg"].removeprefix("Value error, ").replace("Input should", "it should")
     if error["type"] == "model_type":
         message = "it should be a group of 'key: value' lines"
-    return f"{key} = {error['input']!r} in {where} is not accepted: {message}{hint}"
+    return f"{key}{_given(error['input'])} in {where} is not accepted: {message}{hint}"
+
+
+def _given(value: Any) -> str:
+    """What was given, unless it is a group of groups: too long for a sentence."""
+    long = isinstance(value, dict) and any(isinstance(inner, dict) for inner in value.values())
+    return "" if long else f" = {value!r}"

@@ -9,15 +9,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from focusdpo_lib.evaluation.benchmark import Benchmark, Case, open_image
-from focusdpo_lib.evaluation.tables import ROWS
+from focusdpo_lib.evaluation.tables import FAMILIES, OBJECTIVES, ROWS, family
 from focusdpo_lib.generation import IMAGES, image_name
 from focusdpo_lib.plots import BRANCH_COLOURS, OBJECTIVE_COLOURS, WIDTH, bare, subplots
 
-LABELS = {"sft": "SFT", "dpo": "DPO", "patchdpo": "PatchDPO", "focusdpo": "FocusDPO"}
 DASHES = {"sft": ":", "dpo": "--", "patchdpo": "-.", "focusdpo": "-"}  # a second mark beside the colour
 MARKERS = {"base": "o", "sft": "v", "dpo": "s", "patchdpo": "^", "focusdpo": "D"}
 ANCHOR = "#000000"
+BASE_LINE = {"color": OBJECTIVE_COLOURS["base"], "ls": ":", "lw": 1, "zorder": 0}
 SMALLEST_SPAN = 0.01  # of a score's axis
+GAP = 0.6  # between two families, in rows of a chart or widths of a sample
 ERRORS = {  # columns of a log: label, colour, dash
     "policy_win": ("winner, policy", OBJECTIVE_COLOURS["focusdpo"], "-"),
     "reference_win": ("winner, reference model", OBJECTIVE_COLOURS["focusdpo"], ":"),
@@ -44,7 +45,7 @@ def training_curves(logs: Mapping[str, pd.DataFrame], window: int = 25) -> Figur
     figure, axes = subplots(2, 2, (WIDTH, 6), sharex=True)
     for name, log in logs.items():
         curve = per_step(log, [c for c in log if log[c].dtype.kind == "f"], window)
-        style = {"color": OBJECTIVE_COLOURS[name], "label": LABELS[name], "lw": 1.8}
+        style = {"color": OBJECTIVE_COLOURS[name], "label": OBJECTIVES[name], "lw": 1.8}
         start = curve["loss"].iloc[min(window, len(curve)) - 1]
         axes[0, 0].plot(curve["loss"] / start, ls=DASHES[name], **style)
         if "margin" in curve:
@@ -52,7 +53,7 @@ def training_curves(logs: Mapping[str, pd.DataFrame], window: int = 25) -> Figur
             axes[1, 0].plot(curve["accuracy"], ls=DASHES[name], **style)
             for image, dash, which in (("win", "-", "winner"), ("lose", ":", "loser")):
                 change = 100 * (curve[f"policy_{image}"] / curve[f"reference_{image}"] - 1)
-                axes[1, 1].plot(change, ls=dash, **(style | {"label": f"{LABELS[name]}, {which}"}))
+                axes[1, 1].plot(change, ls=dash, **(style | {"label": f"{OBJECTIVES[name]}, {which}"}))
     titles = (
         ("loss, relative to its first steps", "loss / loss at the start"),
         ("margin (argument of log σ)", "margin"),
@@ -135,81 +136,125 @@ def branches_over_training(log: pd.DataFrame, window: int = 25) -> Figure:
 def sample_grid(
     benchmark: Benchmark, folders: Mapping[str, Path], cases: Sequence[Case], labels: Mapping[str, str] | None = None
 ) -> Figure:
-    """A case a row: its references, then one image of every row of `folders` (generation runs), all of one seed."""
+    """A case a row: its references, then one image of every row of `folders` (generation runs), all of one seed.
+
+    A gap stands before each family.
+    """
     labels = labels or {}
     count = len(cases[0].references)
-    columns = count + len(folders)
-    step = min(WIDTH / columns, 1.7)
-    figure, axes = subplots(len(cases), columns, (step * columns, len(cases) * (step + 0.2) + 0.3))
+    numbers = [f"reference {i + 1}" if count > 1 else "reference" for i in range(count)]
+    titles = [*numbers, *(labels.get(row, ROWS.get(row, row)) for row in folders)]
+    families = [None] * count + [family(row) for row in folders]
+    widths = [part for n in range(len(titles)) for part in ([GAP / 3] if _begins(families, n) else []) + [1]]
+    step = min(WIDTH / sum(widths), 1.7)
+    size = (step * sum(widths), len(cases) * (step + 0.2) + 0.3)
+    figure, axes = subplots(len(cases), len(widths), size, gridspec_kw={"width_ratios": widths})
     for n, (case, line) in enumerate(zip(cases, axes, strict=True)):
+        for axis in line[[width < 1 for width in widths]]:
+            axis.set_visible(False)
+        shown = line[[width == 1 for width in widths]]
         pictures = [*case.references, *(Path(f) / IMAGES / image_name(case, 0) for f in folders.values())]
-        numbers = [f"reference {i + 1}" if count > 1 else "reference" for i in range(count)]
-        titles = [*numbers, *(labels.get(row, ROWS.get(row, row)) for row in folders)]
-        for axis, picture, title in zip(line, pictures, titles, strict=True):
-            bare(axis, "" if n else title.replace(" (", "\n(")).imshow(np.asarray(open_image(picture)))
-        line[0].set_xlabel(f"“{case.prompt}”", loc="left")
+        for axis, picture, title in zip(shown, pictures, titles, strict=True):
+            bare(axis).imshow(np.asarray(open_image(picture)))
+            axis.set_title("" if n else _broken(title), size="medium" if step > 1 else "small")
+        shown[0].set_xlabel(" ")  # the height of the prompt, which is wider than its column and must not widen it
+        prompt = {"transform": shown[0].transAxes, "va": "top", "in_layout": False}
+        shown[0].text(0, -0.05, f"“{case.prompt}”", **prompt)
     return figure
 
 
 def intervals(result: pd.DataFrame, columns: Sequence[str] | None = None) -> Figure:
-    """Every row's mean with its 95 % interval, a panel a column of the table; the dotted line is the base."""
-    base = result[result["row"] == result.attrs["base"]].set_index("column")["value"]
-    return _estimates(result, columns, ("value", "low", "high"), base.to_dict())
+    """Every row's mean with its 95 % interval, a panel a column of the table; each family's dotted line is its base."""
+    return _estimates(result, columns, ("value", "low", "high"))
 
 
 def differences(result: pd.DataFrame, columns: Sequence[str] | None = None) -> Figure:
-    """Paired difference of every adapter from the base with its 95 % interval; hollow where the interval holds 0."""
+    """Paired difference of every adapter from its base with its 95 % interval; hollow where the interval holds 0."""
     kept = result[result["difference"].notna()]
-    names = ("difference", "difference_low", "difference_high")
-    return _estimates(kept, columns, names, dict.fromkeys(result["column"], 0.0), hollow=True)
+    return _estimates(kept, columns, ("difference", "difference_low", "difference_high"), from_base=True)
 
 
-def _estimates(result: pd.DataFrame, columns, names: Sequence[str], lines: Mapping[str, float], hollow=False) -> Figure:
-    """A panel a column, a line a row: a mark and its interval, and a dotted line where `lines` says."""
+def _estimates(result: pd.DataFrame, columns, names: Sequence[str], from_base: bool = False) -> Figure:
+    """A panel a column, a line a row, families apart: a mark, its interval, and a dotted line at the family's base."""
     columns = list(columns or dict.fromkeys(result["column"]))
-    rows = list(dict.fromkeys(result.loc[result["column"].isin(columns), "row"]))[::-1]
+    places = _places(result[result["column"].isin(columns)])
     across = min(len(columns), 4)
     down = -(-len(columns) // across)
-    figure, axes = subplots(down, across, (WIDTH, down * (0.9 + 0.32 * len(rows))), sharey=True)
+    height = max(places.values()) + 1
+    figure, axes = subplots(down, across, (WIDTH, down * (0.9 + 0.32 * height)), sharey=True)
     for axis, column in zip(axes.flat, columns, strict=False):
-        for entry in result[result["column"] == column].to_dict("records"):
+        of = result[result["column"] == column]
+        for entry in of.to_dict("records"):
             value, low, high = (entry[name] for name in names)
-            name = _short(entry["row"])
-            style = {"fmt": MARKERS.get(name, "|"), "color": OBJECTIVE_COLOURS.get(name, ANCHOR), "ms": 6, "capsize": 3}
-            style |= {"mfc": "white"} if hollow and low <= 0 <= high else {}
-            axis.errorbar(value, rows.index(entry["row"]), xerr=[[value - low], [high - value]], **style)
-        if column in lines:
-            axis.axvline(lines[column], color=OBJECTIVE_COLOURS["base"], ls=":", lw=1, zorder=0)
-        axis.set(title=column, yticks=range(len(rows)), yticklabels=rows, ylim=(-0.6, len(rows) - 0.4))
-        left, right = axis.get_xlim()
-        if right - left < SMALLEST_SPAN:  # differences of rounding errors should look as small as they are
-            axis.set_xlim((left + right - SMALLEST_SPAN) / 2, (left + right + SMALLEST_SPAN) / 2)
-        axis.locator_params(axis="x", nbins=3)
+            style = _style(_key(entry["row"]), "|") | ({"mfc": "white"} if from_base and low <= 0 <= high else {})
+            axis.errorbar(value, places[entry["row"]], xerr=[[value - low], [high - value]], ms=6, capsize=3, **style)
+        if from_base:
+            axis.axvline(0, **BASE_LINE)
+        for base in of[of["row"] == of["family"]].to_dict("records"):
+            own = [places[row] for row in of.loc[of["family"] == base["family"], "row"]]
+            axis.vlines(base["value"], min(own) - 0.5, max(own) + 0.5, **BASE_LINE)
+        axis.set(title=column, yticks=list(places.values()), yticklabels=list(places), ylim=(height - 0.4, -0.6))
+        _widen(axis)
     for axis in axes.flat[len(columns) :]:
         axis.set_visible(False)
     return figure
 
 
+def _widen(axis: Axes) -> None:
+    """At least SMALLEST_SPAN, so that differences of rounding errors look as small as they are."""
+    left, right = axis.get_xlim()
+    if right - left < SMALLEST_SPAN:
+        axis.set_xlim((left + right - SMALLEST_SPAN) / 2, (left + right + SMALLEST_SPAN) / 2)
+    axis.locator_params(axis="x", nbins=3)
+
+
+def _places(result: pd.DataFrame) -> dict[str, float]:
+    """Where each row stands, from the top: one apart, and a gap before every family."""
+    rows = result.drop_duplicates("row")
+    gaps = np.cumsum([_begins(list(rows["family"]), n) for n in range(len(rows))])
+    return {row: n + GAP * gap for n, (row, gap) in enumerate(zip(rows["row"], gaps, strict=True))}
+
+
 def attribute_accuracy(table: pd.DataFrame) -> Figure:
-    """Share of images with each attribute right, with 95 % intervals: attributes along x, a mark a row."""
+    """Share of images with each attribute right, with 95 % intervals: a panel a family, attributes along x, a mark a
+    row; rows without a family, the oracle above all, stand in every panel."""
     names, rows = list(dict.fromkeys(table["attribute"])), list(dict.fromkeys(table["row"]))
-    figure, axes = subplots(1, 1, (WIDTH, 3.4))
-    axis = axes[0, 0]
-    for n, row in enumerate(rows):
-        line = table[table["row"] == row].set_index("attribute").loc[names]
-        at = np.arange(len(names)) + 0.7 * ((n + 0.5) / len(rows) - 0.5)
-        error = [line["value"] - line["low"], line["high"] - line["value"]]
-        style = {"color": OBJECTIVE_COLOURS.get(row, ANCHOR), "fmt": MARKERS.get(row, "_"), "ms": 7}
-        axis.errorbar(at, line["value"], yerr=error, capsize=2, label=ROWS.get(row, row), **style)
-    axis.set(xticks=range(len(names)), xticklabels=[n.removesuffix("_name") for n in names], ylim=(0, 1.02))
-    axis.set_ylabel("share of images read right")
-    axis.legend(fontsize="small", ncols=len(rows), loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
+    families = [name for name in FAMILIES if any(family(row) == name for row in rows)]
+    figure, axes = subplots(1, len(families), (WIDTH, 3.4), sharey=True)
+    for axis, of in zip(axes[0], families, strict=True):
+        mine = [row for row in rows if family(row) in ("", of)]
+        for n, row in enumerate(mine):
+            line = table[table["row"] == row].set_index("attribute").loc[names]
+            at = np.arange(len(names)) + 0.7 * ((n + 0.5) / len(mine) - 0.5)
+            error = [line["value"] - line["low"], line["high"] - line["value"]]
+            label = ROWS.get(row, row).replace(" (", "\n(")
+            axis.errorbar(at, line["value"], yerr=error, capsize=2, ms=7, label=label, **_style(row, "_"))
+        axis.set(xticks=range(len(names)), xticklabels=[n.removesuffix("_name") for n in names], ylim=(0, 1.02))
+        axis.set_title(FAMILIES[of])
+        axis.legend(fontsize="small", ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
+    axes[0, 0].set_ylabel("share of images read right")
     return figure
 
 
-def _short(label: str) -> str:
-    """The row's name behind the label that a table shows."""
-    return next((name for name, shown in ROWS.items() if shown == label), label)
+def _key(label: str) -> str:
+    """The row's key behind the label that a table shows."""
+    return next((key for key, shown in ROWS.items() if shown == label), label)
+
+
+def _style(row: str, anchor: str) -> dict[str, str]:
+    """Colour and mark of a row by its key: the same for an objective in every family, `anchor` the mark of anchors."""
+    name = "base" if row in FAMILIES else row.partition("_")[2]
+    return {"color": OBJECTIVE_COLOURS.get(name, ANCHOR), "fmt": MARKERS.get(name, anchor)}
+
+
+def _begins(families: Sequence[str | None], n: int) -> bool:
+    """Whether the n-th is the first of a family, with something before it."""
+    return n > 0 and bool(families[n]) and families[n] != families[n - 1]
+
+
+def _broken(title: str) -> str:
+    """A title on two lines: "UNO" over "+SFT", "oracle" over "(real renders)"."""
+    return title.replace(" (", "\n(").replace("+", "\n+")
 
 
 def _legend_below(axis: Axes) -> None:

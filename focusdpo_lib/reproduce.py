@@ -1,9 +1,11 @@
 """`make reproduce`: every notebook of a profile through papermill, in order, and both tables at the end.
 
     python -m focusdpo_lib.reproduce --profile toybox --seeds 1
+    python -m focusdpo_lib.reproduce --families uno     # one family's trainings and rows alone
 
-Every params/<profile>/NN_*.yaml is one run of notebooks/NN_*.ipynb; those of notebook 03 are run once a training seed,
-and the tables (a parameter `adapters`) come after them. What is complete is skipped; what was interrupted goes on.
+Every params/<profile>/NN_*.yaml is one run of notebooks/NN_*.ipynb; those of notebook 03 (03_<family>_<objective>) are
+run once a training seed, and the tables (a parameter `families`) come after them, each with the rows of the families
+that its YAML names. What is complete is skipped; what was interrupted goes on.
 """
 
 import argparse
@@ -20,7 +22,7 @@ import yaml
 from focusdpo_lib import backbones, notebooks, params, runs
 from focusdpo_lib.batch import Job, resolved, run_all, span
 from focusdpo_lib.evaluation.encoders import toybox_folder
-from focusdpo_lib.evaluation.tables import ROWS
+from focusdpo_lib.evaluation.tables import FAMILIES, ROWS, family
 from focusdpo_lib.params import ParameterError
 
 COSTS = "reproduce.yaml"  # beside the profile's params: what a run costs, as measured
@@ -29,11 +31,17 @@ TABLES = ("table1", "table2")
 
 
 def plan(
-    profile: Path, results: Path, books: Path, seeds: int = 1, overrides: Mapping[str, Any] | None = None
+    profile: Path,
+    results: Path,
+    books: Path,
+    seeds: int = 1,
+    overrides: Mapping[str, Any] | None = None,
+    families: Sequence[str] = tuple(FAMILIES),
 ) -> list[Job]:
     """The jobs of a profile (a folder of YAML files); `results` is the profile's own folder.
 
-    `overrides` ("backbone.model": …) go over every YAML whose notebook has that parameter.
+    `overrides` ("backbone.precision": …) go over every YAML whose notebook has that parameter, and into each family of
+    a table. Trainings and rows of other than `families` are left out, and so is a table that has no row left.
     """
     files = sorted(profile.glob("[0-9][0-9]_*.yaml"), key=_place)
     if not files:
@@ -47,17 +55,24 @@ def plan(
         mine = {key: value for key, value in shared.items() if key.partition(".")[0] in known}
         expected = float(minutes.get(file.stem, 1))
         if file.name.startswith(TRAINING):
-            jobs += _trainings(book, file, results, mine, seeds, expected)
+            if family(_row(file)) in families:
+                jobs += _trainings(book, file, results, mine, seeds, expected)
+        elif "families" in known:
+            jobs += _table(book, file, results, shared, expected, jobs, families)
         else:
-            jobs.append(_job(book, file, results, mine, expected, jobs if "adapters" in known else []))
+            jobs.append(_job(book, file, results, mine, expected))
     return jobs
 
 
+def _row(file: Path) -> str:
+    """The row of the tables that a training's YAML stands for: "uno_sft" of 03_uno_sft.yaml."""
+    return file.stem.partition("_")[2]
+
+
 def _place(file: Path) -> tuple[str, int, str]:
-    """By number; trainings in the order of the tables' rows, so that the last one's curves show all of them."""
-    number, _, name = file.stem.partition("_")
+    """By number; trainings in the order of the tables' rows, so that a family's last one shows the curves of all."""
     rows = list(ROWS)
-    return number, rows.index(name) if name in rows else len(rows), name
+    return file.name[:2], rows.index(_row(file)) if _row(file) in rows else len(rows), file.stem
 
 
 def _notebook(books: Path, file: Path) -> Path:
@@ -68,45 +83,99 @@ def _notebook(books: Path, file: Path) -> Path:
 
 
 def _trainings(book: Path, file: Path, results: Path, mine: dict, seeds: int, minutes: float) -> Iterator[Job]:
-    """One job a training seed, named <objective>-seed<n> as the training run is."""
-    objective = file.stem.partition("_")[2]
+    """One job a training seed, named <family>_<objective>-seed<n> as the training run is."""
     for seed in range(seeds):
-        name = f"{objective}-seed{seed}"
+        name = f"{_row(file)}-seed{seed}"
         over = mine | {"run": name, "training.seed": seed}
         folder = results / "notebooks" / f"{TRAINING}_{name}"
-        yield Job(book, folder, file, over, _models(book, file, over), [results / "training" / name], minutes=minutes)
+        yield Job(book, folder, file, over, _inputs(book, file, over), [results / "training" / name], minutes=minutes)
 
 
-def _job(book: Path, file: Path, results: Path, mine: dict, minutes: float, before: Sequence[Job]) -> Job:
-    """A job of its own; one that compares comes after the trainings `before` it and reads their runs."""
-    trained = [job for job in before if job.folder.name.startswith(TRAINING)]
-    adapters: dict[str, list[str]] = {}
-    for job in trained:
-        adapters.setdefault(job.params.stem.partition("_")[2], []).append(job.products[0].name)
-    over = mine | ({"adapters": adapters} if trained else {})
-    inputs = _models(book, file, over) | {job.products[0].name: job.products[0] for job in trained}
+def _job(book: Path, file: Path, results: Path, over: dict, minutes: float, trained: Sequence[Job] = ()) -> Job:
+    """A job of its own, after the trainings whose runs it reads."""
+    inputs = _inputs(book, file, over) | {job.products[0].name: job.products[0] for job in trained}
     after = [job.name for job in trained]
     return Job(book, results / "notebooks" / file.stem, file, over, inputs, after=after, minutes=minutes)
 
 
-def _models(book: Path, file: Path, over: Mapping[str, Any]) -> dict[str, Path | str]:
-    """The models that a run reads, by name: folders as paths from here, hub models by their id."""
+def _table(
+    book: Path,
+    file: Path,
+    results: Path,
+    shared: Mapping[str, Any],
+    minutes: float,
+    before: Sequence[Job],
+    families: Sequence[str],
+) -> Iterator[Job]:
+    """The job of a table, with the rows of those of its families that are wanted; none where no family is left."""
+    known = notebooks.parameters(book)
+    every = params.read_yaml(file).get("families") or known["families"]
+    trained = {name: [job for job in before if _trains(job, name)] for name in every if name in families}
+    if trained:
+        rows = {name: dict(every[name] or {}) | _adapters(jobs) for name, jobs in trained.items()}
+        over = {"families": rows} | _into_families(shared, known, list(rows))
+        jobs = [job for mine in trained.values() for job in mine]
+        yield _job(book, file, results, over, minutes * len(rows) / len(every), jobs)
+
+
+def _trains(job: Job, name: str) -> bool:
+    """Whether the job trains an adapter of the family."""
+    return job.name.startswith(TRAINING) and family(_row(job.params)) == name
+
+
+def _into_families(shared: Mapping[str, Any], known: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Overrides for a table's notebook: those of a section that its families hold go into each of them."""
+    over = {}
+    for key, value in shared.items():
+        section = key.partition(".")[0]
+        if section in params.FamilyRows.model_fields:
+            over |= {f"families.{name}.{key}": value for name in names}
+        elif section in known:
+            over[key] = value
+    return over
+
+
+def _adapters(trained: Sequence[Job]) -> dict[str, dict[str, list[str]]]:
+    """A family's training runs by objective, one a seed, as its group `adapters`; nothing where none is trained."""
+    found: dict[str, list[str]] = {}
+    for job in trained:
+        found.setdefault(_row(job.params).partition("_")[2], []).append(job.products[0].name)
+    return {"adapters": found} if found else {}
+
+
+def _inputs(book: Path, file: Path, over: Mapping[str, Any]) -> dict[str, Path | str]:
+    """The models and the benchmark that a run reads, by name: folders as paths from here, hub models by their id.
+
+    ParameterError for a benchmark that is not there: said before anything runs.
+    """
     values = notebooks.parameters(book) | resolved(Job(book, file.parent, file, over))
+    typed = {name: params.section(name, values[name], str(file)) for name in params.SECTIONS.keys() & values.keys()}
     named: dict[str, Path | str] = {}
-    if "backbone" in values:
-        backbone = params.section("backbone", values["backbone"], str(file))
-        named["model"] = backbones.model_path(backbone) if backbone.model == "toybox" else backbone.model
-    if "evaluation" in values:
-        evaluation = params.section("evaluation", values["evaluation"], str(file))
+    if "backbone" in typed:
+        named["model"] = _model(typed["backbone"])
+    if "families" in typed:
+        named |= {f"model of {name}": _model(rows.backbone) for name, rows in typed["families"].given.items()}
+    if evaluation := typed.get("evaluation"):
         kinds = {"dino": evaluation.dino, "clip": evaluation.clip, "reader": evaluation.reader}
         named |= {kind: toybox_folder(kind, model) for kind, model in kinds.items() if model}
-    local = {name: book.parent / model for name, model in named.items() if str(model).startswith((".", "/"))}
-    return named | local
+    found = {n: book.parent / model if str(model).startswith((".", "/")) else model for n, model in named.items()}
+    if "benchmark" in typed and (folder := typed["benchmark"].folder) != "toybox":
+        found["benchmark"] = book.parent / folder
+        if not found["benchmark"].is_dir():
+            raise ParameterError(
+                f"benchmark.folder = '{folder}' in {file} is not there: correct it (from {book.parent})"
+            )
+    return found
+
+
+def _model(backbone: params.Backbone) -> str:
+    return backbones.model_path(backbone) if backbone.model == "toybox" else backbone.model
 
 
 def missing_models(jobs: Sequence[Job]) -> list[Path]:
     """Folders of models that the jobs read and that are not there."""
-    paths = [path for job in jobs for name, path in job.inputs.items() if name in ("model", "dino", "clip", "reader")]
+    models = ("model", "dino", "clip", "reader")
+    paths = [path for job in jobs for name, path in job.inputs.items() if name.startswith(models)]
     return [path for path in dict.fromkeys(paths) if isinstance(path, Path) and not path.is_dir()]
 
 
@@ -125,34 +194,37 @@ def announcement(jobs: Sequence[Job], cost: Mapping[str, Any]) -> str:
     )
 
 
-def tables(results: Path) -> str:
-    """Both tables as text, each with the paths of its figures."""
+def tables(results: Path, jobs: Sequence[Job]) -> dict[str, Path]:
+    """The tables that the jobs made, by name."""
+    made = {name: results / "tables" / name for job in jobs for name in TABLES if job.name.endswith(name)}
+    return {name: folder for name, folder in made.items() if runs.is_complete(folder)}
+
+
+def shown(tables: Mapping[str, Path]) -> str:
+    """Tables as text, each with the paths of its figures."""
     parts = []
-    for name in TABLES:
-        folder = results / "tables" / name
-        if runs.is_complete(folder):
-            figures = "\n".join(f"  {path}" for path in sorted(folder.glob("*.png")))
-            parts.append(f"{(folder / 'table.txt').read_text('utf-8')}\nFigures:\n{figures}")
+    for folder in tables.values():
+        figures = "\n".join(f"  {path}" for path in sorted(folder.glob("*.png")))
+        parts.append(f"{(folder / 'table.txt').read_text('utf-8')}\nFigures:\n{figures}")
     return "\n\n".join(parts)
 
 
-def keep_reference(results: Path, reference: Path) -> Path:
-    """Copies what a complete run shows to `reference`, in place of an older one: tables and their figures, the mask
-    galleries, executed notebooks as HTML (of the trainings one, whose curves show all), and a README with machine, time
-    and memory."""
-    done = [f for f in (results / "notebooks").iterdir() if runs.is_complete(f)]
-    trainings = [f for f in done if f.name.startswith(TRAINING) and f.name.endswith("-seed0")]
-    shown = max(trainings, key=lambda f: list(ROWS).index(f.name[3:].removesuffix("-seed0")))
+def keep_reference(results: Path, reference: Path, jobs: Sequence[Job]) -> Path:
+    """Copies what complete jobs show to `reference`, in place of an older one: tables and their figures, the mask
+    galleries, executed notebooks as HTML (of a family's trainings one, whose curves show all), and a README with
+    machine, time and memory."""
+    firsts = [job for job in jobs if job.name.startswith(TRAINING) and job.name.endswith("-seed0")]
+    last = {family(_row(job.params)): job.name for job in firsts}  # jobs stand in the order of the tables' rows
     with runs.atomic(reference) as kept:
-        for name in TABLES:
-            shutil.copytree(results / "tables" / name, kept / name)
+        for name, folder in tables(results, jobs).items():
+            shutil.copytree(folder, kept / name)
         (kept / "notebooks").mkdir()
-        for folder in done:
-            if folder == shown or not folder.name.startswith(TRAINING):
-                shutil.copy(folder / f"{folder.name}.html", kept / "notebooks")
+        for job in jobs:
+            if job.name in last.values() or not job.name.startswith(TRAINING):
+                shutil.copy(job.folder / f"{job.name}.html", kept / "notebooks")
         for gallery in results.glob("masks/*/timesteps_*.png"):
             shutil.copy(gallery, kept)
-        (kept / "README.md").write_text(_what_it_took(done), encoding="utf-8")
+        (kept / "README.md").write_text(_what_it_took([job.folder for job in jobs]), encoding="utf-8")
     return reference
 
 
@@ -175,11 +247,8 @@ def _what_it_took(folders: Sequence[Path]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def reproduce(
-    profile: Path, results: Path, books: Path, seeds: int = 1, overrides: Mapping[str, Any] | None = None
-) -> int:
-    """Runs the plan and prints the tables; the exit code."""
-    jobs, cost = plan(profile, results, books, seeds, overrides), costs(profile)
+def reproduce(jobs: Sequence[Job], results: Path, cost: Mapping[str, Any], reference: Path | None = None) -> int:
+    """Runs the jobs of a plan, prints their tables and keeps them as `reference`, if given; the exit code."""
     if gone := missing_models(jobs):
         print(f"nothing was run: {', '.join(map(str, gone))} is missing: {cost['models']}")
         return 1
@@ -188,7 +257,9 @@ def reproduce(
     if code:
         print("not everything ran (see above): the same command goes on with what is left; what is complete is kept")
         return code
-    print(f"\n{tables(results)}\n\nExecuted notebooks, also as HTML: {results / 'notebooks'}")
+    print(f"\n{shown(tables(results, jobs))}\n\nExecuted notebooks, also as HTML: {results / 'notebooks'}")
+    if reference:
+        print(f"kept: {keep_reference(results, reference, jobs)}")
     return 0
 
 
@@ -197,6 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m focusdpo_lib.reproduce", description=__doc__.splitlines()[0])
     parser.add_argument("--profile", default="toybox", help="a folder of params/")
     parser.add_argument("--seeds", type=int, default=1, help="training seeds of every objective")
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="train and show these")
     parser.add_argument("--params", type=Path, default=Path("params"))
     parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("--notebooks", type=Path, default=Path("notebooks"))
@@ -208,10 +280,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--seeds {given.seeds}: at least one")
     try:
         profile, results = given.params / given.profile, given.results / given.profile
-        code = reproduce(profile, results, given.notebooks, given.seeds, overrides)
-        if code == 0 and given.reference:
-            print(f"kept: {keep_reference(results, given.reference)}")
-        return code
+        jobs = plan(profile, results, given.notebooks, given.seeds, overrides, given.families)
+        return reproduce(jobs, results, costs(profile), given.reference)
     except (ParameterError, runs.RunError) as error:
         print(f"nothing was run: {error}")
         return 1

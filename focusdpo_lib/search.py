@@ -1,11 +1,12 @@
 """The equal-budget search: learning rate, β and steps of every objective, chosen on the validation identities.
 
-    python -m focusdpo_lib.search --profile toybox
+    python -m focusdpo_lib.search --profile toybox                            # UNO
+    python -m focusdpo_lib.search --profile toybox --file search_ipap.yaml    # IPAP
 
-Reads params/<profile>/search.yaml, trains every trial on the train pairs, samples the *validation* benchmark (one and
-two subjects) and scores DINO and attribute accuracy; their mean over both is a trial's score. Every trial is a chain of
-runs under results/<profile>/search, so the search goes on where it stopped. Test identities are never touched. The
-table, a row a trial, goes beside the YAML.
+Reads params/<profile>/search.yaml, trains every trial on the train pairs, samples the *validation* benchmark (cases of
+`kinds`: one and two subjects, unless it says otherwise) and scores DINO and attribute accuracy; their mean over the
+kinds is a trial's score. Every trial is a chain of runs under results/<profile>/search (the file's name), so the search
+goes on where it stopped. Test identities are never touched. The table, a row a trial, goes beside the YAML.
 """
 
 import argparse
@@ -27,8 +28,8 @@ from focusdpo_lib.evaluation.encoders import Encoders, load_encoders
 from focusdpo_lib.params import ParameterError
 from focusdpo_lib.runs import atomic
 
-YAML, TABLE = "search.yaml", "search_results.csv"
-SHARED = ("backbone", "dip", "masks", "training", "generation", "evaluation")  # sections that all trials share
+YAML = "search.yaml"
+SHARED = ("backbone", "dip", "masks", "training", "benchmark", "generation", "evaluation")  # what all trials share
 CHOSEN_BY = ("dino", "attribute_accuracy")
 REPORTED = (*CHOSEN_BY, "clip_t", "leakage")
 
@@ -50,10 +51,11 @@ class Trial:
 
 @dataclass(frozen=True)
 class Settings:
-    """search.yaml, typed: the sections that trials share, and the trials."""
+    """search.yaml, typed: the sections that trials share, the trials, and the kinds of cases they are scored on."""
 
     sections: Mapping[str, Any]
     trials: tuple[Trial, ...]
+    kinds: tuple[str, ...] = tuple(KINDS)
 
 
 def read(path: str | Path) -> Settings:
@@ -62,6 +64,9 @@ def read(path: str | Path) -> Settings:
     grids = values.pop("objectives", None)
     if not isinstance(grids, dict) or not grids:
         raise ParameterError(f"{path} needs 'objectives': for each a grid of learning_rate, steps and, for DPO, beta")
+    kinds = values.pop("kinds", list(KINDS))
+    if not isinstance(kinds, list) or not kinds or any(kind not in KINDS for kind in kinds):
+        raise ParameterError(f"kinds = {kinds!r} in {path} is not accepted: list one or both of {', '.join(KINDS)}")
     if unknown := sorted(values.keys() - set(SHARED)):
         raise ParameterError(f"{', '.join(unknown)} in {path} is no section of a search: use {', '.join(SHARED)}")
     trials = tuple(trial for name, grid in grids.items() for trial in _grid(name, grid, path))
@@ -70,7 +75,8 @@ def read(path: str | Path) -> Settings:
         raise ParameterError(
             f"the objectives of {path} differ in their budget of training steps ({budget}): give each grid the same"
         )
-    return Settings({name: params.section(name, values.get(name), str(path)) for name in SHARED}, trials)
+    sections = {name: params.section(name, values.get(name), str(path)) for name in SHARED}
+    return Settings(sections, trials, tuple(kinds))
 
 
 def _grid(objective: str, grid: Any, path: str | Path) -> Iterator[Trial]:
@@ -119,8 +125,8 @@ def search(path: Path, results: Path, objectives: Sequence[str] | None = None) -
     The table is written anew after every trial. Sorted as in the YAML, the base first.
     """
     settings = read(path)
-    folder = stages.toybox_benchmark(results, split="validation")
-    benchmarks = {kind: Benchmark.load(folder, kind) for kind in KINDS}
+    source = settings.sections["benchmark"]
+    benchmarks = {kind: stages.load_benchmark(results, source, kind, split="validation") for kind in settings.kinds}
     encoders = load_encoders(settings.sections["evaluation"], stages.device())
     wanted = [t for t in settings.trials if objectives is None or t.objective in objectives]
     rows, pace = [], []
@@ -135,8 +141,13 @@ def search(path: Path, results: Path, objectives: Sequence[str] | None = None) -
         rest = sum(t.steps for t in wanted[number:])
         left = f", about {time_left(rest, pace)} left" if pace and rest else ""
         print(f"[{number}/{len(wanted)}] {name}: score {measured['score']:.4f}{left}", flush=True)
-        _write(pd.DataFrame(rows), path.parent / TABLE, keep=objectives is not None)
-    return pd.read_csv(path.parent / TABLE)
+        _write(pd.DataFrame(rows), table_path(path), keep=objectives is not None)
+    return pd.read_csv(table_path(path))
+
+
+def table_path(path: Path) -> Path:
+    """Where the table of a search goes: search_results.csv beside search.yaml."""
+    return path.with_name(f"{path.stem}_results.csv")
 
 
 def _write(rows: pd.DataFrame, path: Path, keep: bool) -> None:
@@ -157,18 +168,19 @@ def best(table: pd.DataFrame) -> pd.DataFrame:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; the exit code is 1, with one sentence, when the search cannot go on."""
     parser = argparse.ArgumentParser(prog="python -m focusdpo_lib.search", description=__doc__.splitlines()[0])
-    parser.add_argument("--profile", default="toybox", help="folder of params/ with a search.yaml")
+    parser.add_argument("--profile", default="toybox", help="folder of params/ that holds the file")
+    parser.add_argument("--file", default=YAML, help="the YAML of the search; another family has its own")
     parser.add_argument("--params", type=Path, default=Path("params"))
     parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("--objectives", nargs="+", help="only these (for searching several at a time)")
     given = parser.parse_args(arguments)
-    path = given.params / given.profile / YAML
+    path = given.params / given.profile / given.file
     try:
-        table = search(path, given.results / given.profile / "search", given.objectives)
+        table = search(path, given.results / given.profile / path.stem, given.objectives)
     except (ValueError, RuntimeError, OSError) as error:  # the kit's own errors are one sentence each
         print(f"search stopped: {error}", file=sys.stderr)
         return 1
-    print(f"\nEvery trial: {path.parent / TABLE}\nChosen on the validation identities, best of each objective:")
+    print(f"\nEvery trial: {table_path(path)}\nChosen on the validation identities, best of each objective:")
     print(best(table).to_string(index=False))
     return 0
 

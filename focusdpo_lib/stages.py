@@ -118,6 +118,16 @@ def toybox_benchmark(results: Path, split: str = "test", seed: int = 0) -> Path:
     return folder if folder.exists() else write_benchmark(folder, seed, split)
 
 
+def load_benchmark(results: Path, settings: params.Benchmark, kind: str, split: str = "test") -> Benchmark:
+    """The cases of a kind that the settings name: the toybox's of a split, or those of a folder, which has no splits.
+
+    Raises BenchmarkError for a folder that is missing or not in DreamBench's layout.
+    """
+    if settings.folder == "toybox":
+        return Benchmark.load(toybox_benchmark(results, split), kind)
+    return Benchmark.load(settings.folder, kind, {"single": settings.single, "multi": settings.multi}[kind])
+
+
 def generate_images(
     results: Path,
     run: str,

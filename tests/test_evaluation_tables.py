@@ -143,13 +143,13 @@ def test_a_difference_needs_the_same_subjects():
 
 def test_table_1_by_hand():
     rows = {
-        "focusdpo": [single([0.8, 0.9, 1.0]), single([0.8, 0.9, 0.7])],
-        "base": single([0.6, 0.7, 0.8]),
-        "sft": single([0.7, 0.7, 0.7]),
+        "uno_focusdpo": [single([0.8, 0.9, 1.0]), single([0.8, 0.9, 0.7])],
+        "uno": single([0.6, 0.7, 0.8]),
+        "uno_sft": single([0.7, 0.7, 0.7]),
         "copy": single([0.9, 0.9, 0.9], generation=None),
     }
     result = tables.table(rows, SETTINGS)
-    assert result["row"].tolist() == ["copy of the reference", "base", "+SFT", "+FocusDPO"]
+    assert result["row"].tolist() == ["copy of the reference", "UNO", "UNO+SFT", "UNO+FocusDPO"]
     assert result["value"].tolist() == pytest.approx([0.9, 0.7, 0.7, 0.85])
     assert result["seeds"].tolist() == [1, 1, 1, 2] and set(result["units"]) == {3}
     # FocusDPO's mean over its seeds is 0.8, 0.9, 0.85: gains of 0.2, 0.2, 0.05, so any draw's mean lies in [0.05, 0.2].
@@ -159,7 +159,67 @@ def test_table_1_by_hand():
     assert result["difference"].isna().tolist() == [True, True, False, False]  # neither an anchor nor the base has one
     assert tables.wide(result).loc["copy of the reference", "DINO"] == "0.900 [0.900, 0.900]"
     shown = tables.differences(result)["DINO"]
-    assert shown["+SFT"] == "not distinguishable" and shown["+FocusDPO"].startswith("+0.150 [+0.0")
+    assert shown["UNO+SFT"] == "not distinguishable" and shown["UNO+FocusDPO"].startswith("+0.150 [+0.0")
+
+
+GUIDED = {"steps": 20, "guidance": 2.0}
+
+
+def two_families(**changes) -> dict:
+    """UNO at 0.7 in the mean and IPAP at 0.3, each with an adapter that gains 0.1 on every subject."""
+    return {
+        "copy": single([0.9, 0.9, 0.9], generation=None),
+        "uno": single([0.6, 0.7, 0.8]),
+        "uno_dpo": single([0.7, 0.8, 0.9]),
+        "ipap": single([0.2, 0.3, 0.4], generation=GUIDED),
+        "ipap_dpo": single([0.3, 0.4, 0.5], **{"generation": GUIDED} | changes),
+    }
+
+
+def test_a_difference_is_from_the_row_s_own_base():
+    result = tables.table(two_families(), SETTINGS).set_index("row")
+    assert list(result.index) == ["copy of the reference", "UNO", "UNO+DPO", "IPAP", "IPAP+DPO"]
+    assert result["difference"].dropna().to_dict() == pytest.approx({"UNO+DPO": 0.1, "IPAP+DPO": 0.1})
+    assert result["family"].tolist() == ["", "UNO", "UNO", "IPAP", "IPAP"]
+    without = {name: scores for name, scores in two_families().items() if name != "ipap"}
+    alone = tables.table(without, SETTINGS).set_index("row")["difference"]
+    assert math.isnan(alone["IPAP+DPO"])  # UNO is no stand-in for a base that is missing
+    assert alone["UNO+DPO"] == pytest.approx(0.1)
+
+
+def test_families_may_be_sampled_differently_and_the_table_says_how():
+    result = tables.table(two_families(), SETTINGS)
+    said = " ".join(tables.text(result).split())
+    assert "UNO and IPAP were sampled with steps = 20. UNO was sampled with guidance = 1.0. IPAP was" in said
+    assert "Paired difference from the row's own base, UNO or IPAP, same subjects" in said
+    uno = {name: scores for name, scores in two_families().items() if "ipap" not in name}
+    said = " ".join(tables.text(tables.table(uno, SETTINGS)).split())
+    assert "UNO was sampled with steps = 20, guidance = 1.0." in said and "Paired difference from UNO, same" in said
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"generation": GENERATION}, "'ipap' and 'ipap_dpo' .* generation.guidance is 2.0 in the one and 1.0"),
+        ({"generation": {"steps": 25, "guidance": 2.0}}, "'ipap' and 'ipap_dpo' .* generation.steps is 20 .* and 25"),
+        ({"references": "unused"}, "'copy' and 'ipap_dpo' .* evaluation.references is 'all' in the one and 'unused'"),
+        ({"kind": "multi"}, "'copy' and 'ipap_dpo' .* benchmark is 'single 0123' in the one and 'multi 0123'"),
+    ],
+)
+def test_within_a_family_sampling_must_agree_and_everything_else_between_families_too(changed, message):
+    with pytest.raises(tables.ProtocolError, match=message):
+        tables.table(two_families(**changed), SETTINGS)
+
+
+def test_seeds_are_named_together():
+    rows = {"uno": single([0.5, 0.6])} | {f"uno_{o}": [single([0.5, 0.6])] * 3 for o in ("sft", "dpo")}
+    assert "Mean over 3 training seeds: UNO+SFT, UNO+DPO. Measured" in tables.markdown(tables.table(rows, SETTINGS))
+
+
+def test_every_row_of_the_paper_that_we_have_bears_its_name():
+    ours = set(tables.ROWS.values()) - set(tables.ANCHORS.values())
+    theirs = {name for name in published.TABLE_1 if name.startswith(("UNO", "IPAP"))}
+    assert ours - theirs == {"UNO+PatchDPO"} and theirs <= ours
 
 
 def two_subjects(shift: float) -> pd.DataFrame:
@@ -172,13 +232,13 @@ def two_subjects(shift: float) -> pd.DataFrame:
 
 
 def test_table_2_shows_mean_and_minimum_over_subjects():
-    rows = {"base": two_subjects(0), "dpo": two_subjects(0.1)}
+    rows = {"uno": two_subjects(0), "uno_dpo": two_subjects(0.1)}
     shown = tables.wide(tables.table(rows, SETTINGS))
     assert list(shown.columns) == [
         *("DINO (mean)", "DINO (min)", "CLIP-I (mean)", "CLIP-I (min)", "CLIP-T"),
         *("attribute accuracy (mean)", "attribute accuracy (min)", "leakage rate"),
     ]
-    dpo = shown.loc["+DPO"]
+    dpo = shown.loc["UNO+DPO"]
     assert dpo["DINO (mean)"].startswith("0.600") and dpo["DINO (min)"].startswith("0.500")
     assert dpo["leakage rate"].startswith("0.500")
     only = tables.wide(tables.table(rows, SETTINGS.model_copy(update={"subjects": "min"})))
@@ -188,33 +248,33 @@ def test_table_2_shows_mean_and_minimum_over_subjects():
 def test_a_metric_that_a_row_lacks_is_a_dash():
     rows = {
         "photos": single([0.9, 0.8], generation=None),
-        "base": pd.concat([single([0.5, 0.5]), single([0.3, 0.3], "clip_t")]),
+        "uno": pd.concat([single([0.5, 0.5]), single([0.3, 0.3], "clip_t")]),
     }
-    rows["base"].attrs = single([0.5]).attrs
+    rows["uno"].attrs = single([0.5]).attrs
     assert tables.wide(tables.table(rows, SETTINGS)).loc["real photos", "CLIP-T"] == "–"
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"references": "unused"}, r"'base' and 'dpo' .* evaluation.references is 'all' in the one and 'unused'"),
+        ({"references": "unused"}, r"'uno' and 'uno_dpo' .* evaluation.references is 'all' in the one and 'unused'"),
         ({"kind": "multi"}, r"benchmark is 'single 0123' in the one and 'multi 0123'"),
         ({"generation": {"steps": 25, "guidance": 1.0}}, r"generation.steps is 20 in the one and 25"),
     ],
 )
 def test_runs_measured_differently_do_not_share_a_table(changed, message):
     with pytest.raises(tables.ProtocolError, match=message):
-        tables.table({"base": single([0.5]), "dpo": single([0.5], **changed)}, SETTINGS)
+        tables.table({"uno": single([0.5]), "uno_dpo": single([0.5], **changed)}, SETTINGS)
 
 
 def test_an_anchor_is_free_of_generation_settings_but_not_of_the_rest():
-    tables.table({"base": single([0.5]), "copy": single([0.5], generation=None)}, SETTINGS)
+    tables.table({"uno": single([0.5]), "copy": single([0.5], generation=None)}, SETTINGS)
     with pytest.raises(tables.ProtocolError, match="clip_text_weight"):
-        tables.table({"base": single([0.5]), "copy": single([0.5], generation=None, clip_text_weight=2.5)}, SETTINGS)
+        tables.table({"uno": single([0.5]), "copy": single([0.5], generation=None, clip_text_weight=2.5)}, SETTINGS)
     bare = single([0.5])
     bare.attrs = {}
-    with pytest.raises(tables.ProtocolError, match="'base' do not say how they were measured"):
-        tables.table({"base": bare}, SETTINGS)
+    with pytest.raises(tables.ProtocolError, match="'uno' do not say how they were measured"):
+        tables.table({"uno": bare}, SETTINGS)
 
 
 # --- published numbers ---
@@ -222,17 +282,17 @@ def test_an_anchor_is_free_of_generation_settings_but_not_of_the_rest():
 
 @pytest.mark.parametrize("render", [tables.text, tables.markdown, tables.html])
 def test_published_numbers_stand_under_their_own_heading_with_the_note_on_0802(render):
-    shown = render(tables.table({"base": single([0.5, 0.7]), "dpo": single([0.6, 0.8])}, SETTINGS))
+    shown = render(tables.table({"uno": single([0.5, 0.7]), "uno_dpo": single([0.6, 0.8])}, SETTINGS))
     ours, theirs = shown.split(published.HEADING)
     assert "0.802" not in ours and "0.600" in ours and "UNO+FocusDPO" not in ours
     flat = " ".join(theirs.split())
     assert "0.802" in flat and "lies above the oracle (0.774" in flat and "pasting the reference (0.817)" in flat
     assert "evaluation.references = all" in " ".join(ours.split())  # a table names its protocol
-    assert "Paired difference from base" in ours
+    assert "Paired difference from UNO" in ours
 
 
 def test_markdown_is_a_pipe_table_of_equal_columns():
-    shown = tables.markdown(tables.table({"base": single([0.5, 0.7]), "dpo": single([0.6, 0.8])}, SETTINGS))
+    shown = tables.markdown(tables.table({"uno": single([0.5, 0.7]), "uno_dpo": single([0.6, 0.8])}, SETTINGS))
     for block in shown.split("\n\n"):
         lines = [line for line in block.splitlines() if line.startswith("|")]
         assert len({line.count("|") for line in lines}) <= 1

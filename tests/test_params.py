@@ -56,6 +56,31 @@ def test_a_wrong_type_or_range_names_the_key_the_value_and_what_it_should_be(nam
     assert key in text and says in text
 
 
+@pytest.mark.parametrize(
+    ("families", "says"),
+    [
+        ({"upap": {}}, "families.upap in params/toybox/03.yaml is not a setting of the kit"),
+        ({"uno": {"generation": {"guidance": "2"}}}, "families.uno.generation.guidance = '2'"),
+        ({"uno": {"adapters": {"simpo": []}}}, "families.uno.adapters.simpo"),
+        ({"uno": {"adapters": {"sft": "uno_sft-seed0"}}}, "families.uno.adapters.sft = 'uno_sft-seed0'"),
+        ({"ipap": {}}, "ipap.backbone.family must be sdxl_ip, not flux_uno"),
+        ({}, "it names no family: give at least one of uno, ipap"),
+        (
+            {"uno": {}, "ipap": {"backbone": {"family": "sdxl_ip"}, "generation": {"prompts": 2}}},
+            "generation.prompts must be the same for all",
+        ),
+    ],
+)
+def test_the_families_of_a_table_are_checked_to_the_last_key(families, says):
+    text = refusal("families", families)
+    assert says in text and len(text) < 250
+
+
+def test_a_family_that_is_not_given_is_not_there():
+    rows = params.section("families", {"ipap": {"backbone": {"family": "sdxl_ip"}}}).given
+    assert list(rows) == ["ipap"] and rows["ipap"].adapters == params.Adapters()
+
+
 def test_several_mistakes_are_all_told():
     text = refusal("masks", {"tau": 2.0, "gama": 0.3})
     assert "masks.tau" in text and "masks.gama" in text

@@ -1,5 +1,6 @@
 """The stages: every run is made once, goes on where it stopped, and refuses what it is not."""
 
+import json
 from dataclasses import replace
 
 import pandas as pd
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 from tiny_training import TRAINING
 
 from focusdpo_lib import params, stages
-from focusdpo_lib.evaluation.benchmark import Benchmark
+from focusdpo_lib.evaluation.benchmark import Benchmark, BenchmarkError
 from focusdpo_lib.runs import RunError, is_complete
 from focusdpo_lib.training import ADAPTER, CHECKPOINT, LOG
 
@@ -81,6 +82,18 @@ def test_patchdpo_depends_on_its_patch_encoder(results, tiny_flux, pairs_run, vi
     encoder = {"objective_settings": {"patch_encoder": str(vit)}}
     folder = train(results, tiny_flux, pairs_run, "patchdpo", "patchdpo", **encoder)
     assert str(vit) in (folder / "inputs.json").read_text()
+
+
+def test_a_benchmark_is_the_toybox_s_of_a_split_or_a_folder_with_lists_of_its_own(results, tmp_path):
+    toybox = stages.load_benchmark(results, params.Benchmark(), "multi", split="validation")
+    assert toybox.folder == results / "benchmark" / "validation-0" and len(toybox.cases) == 300
+    few = tmp_path / "few.json"
+    few.write_text(json.dumps(json.loads((toybox.folder / "cases_multi.json").read_text())[:2]))
+    chosen = params.Benchmark(folder=str(toybox.folder), multi=str(few))
+    assert stages.load_benchmark(results, chosen, "multi").cases == toybox.cases[:2]
+    assert len(stages.load_benchmark(results, chosen, "single").cases) == 300  # its own list
+    with pytest.raises(BenchmarkError, match="nowhere"):
+        stages.load_benchmark(results, params.Benchmark(folder=str(tmp_path / "nowhere")), "single")
 
 
 def test_images_come_from_the_base_or_a_complete_training_and_are_made_once(results, tiny_flux, pairs_run):

@@ -86,6 +86,11 @@ class Benchmark:
         return list(dict.fromkeys(case.unit for case in self.cases))
 
     @property
+    def has_attributes(self) -> bool:
+        """Whether the attributes of every subject in its cases are known, as the toybox's are."""
+        return all(self.subjects[name].attributes for case in self.cases for name in case.subjects)
+
+    @property
     def same_class_units(self) -> list[str]:
         """Pairs whose subjects share a class word: their prompts ("a dog and a dog") cannot tell which is which."""
         return [u for u in self.units if len({self.subjects[n].class_name for n in u.split("+")}) < len(u.split("+"))]

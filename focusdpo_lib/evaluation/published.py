@@ -39,7 +39,8 @@ NOTES = {
     "single": (
         "UNO+FocusDPO's DINO of 0.802 lies above the oracle (0.774, real photos against each other) and just below "
         "pasting the reference (0.817).",
-        "The IPAP and PatchDPO rows were measured in PatchDPO's setting: all references in, one image a prompt.",
+        "The IPAP and PatchDPO rows were measured in PatchDPO's setting: all references in, one image a prompt. "
+        "There is no UNO+PatchDPO.",
     ),
     "multi": ("The paper's text says 0.326 for the CLIP-T of UNO+FocusDPO; its table prints 0.328.",),
 }

@@ -96,7 +96,7 @@ def _scored(
         embeddings = encoder.images(pictures)[at]
         rows += _image_rows(metric, images, embeddings, benchmark, _photo_embeddings(benchmark, encoder), settings)
     rows += _text_rows(images, embeddings, encoders, settings)  # the last embeddings are CLIP's
-    if encoders.reader and all(benchmark.subjects[n].attributes for case, _ in images for n in case.subjects):
+    if encoders.reader and benchmark.has_attributes:
         found = encoders.reader(to_pixels(pictures))
         rows += _attribute_rows(images, [found[i] for i in at], benchmark)
     return _table(rows, benchmark, encoders, settings, generation)

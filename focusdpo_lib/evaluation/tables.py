@@ -1,13 +1,13 @@
-"""Tables 1 and 2: rows with intervals, paired differences from the base, and the protocol behind them.
+"""Tables 1 and 2: rows with intervals, paired differences from each row's own base, and the protocol behind them.
 
-rows = {"photos": …, "oracle": …, "copy": …, "base": scores, "sft": [scores of seed 0, of seed 1, …], …}
+rows = {"photos": …, "oracle": …, "copy": …, "uno": scores, "uno_sft": [scores of seed 0, of seed 1, …], "ipap": …}
 result = table(rows, evaluation)         # long: a line a row and column
 print(text(result)); markdown(result); html(result)
 """
 
 import math
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import pandas as pd
 
@@ -15,15 +15,13 @@ from focusdpo_lib.evaluation import statistics
 from focusdpo_lib.evaluation.published import HEADING, NOTES, published
 from focusdpo_lib.params import Evaluation
 
-ROWS = {
-    "photos": "real photos",
-    "oracle": "oracle (real renders)",
-    "copy": "copy of the reference",
-    "base": "base",
-    "sft": "+SFT",
-    "dpo": "+DPO",
-    "patchdpo": "+PatchDPO",
-    "focusdpo": "+FocusDPO",
+ANCHORS = {"photos": "real photos", "oracle": "oracle (real renders)", "copy": "copy of the reference"}
+FAMILIES = {"uno": "UNO", "ipap": "IPAP"}  # a base's row; what was trained from it stands below it
+OBJECTIVES = {"sft": "SFT", "dpo": "DPO", "patchdpo": "PatchDPO", "focusdpo": "FocusDPO"}
+ROWS = ANCHORS | {  # as the paper names them: "uno" is UNO, "uno_sft" is UNO+SFT
+    key: label
+    for family, base in FAMILIES.items()
+    for key, label in [(family, base), *((f"{family}_{o}", f"{base}+{name}") for o, name in OBJECTIVES.items())]
 }
 METRICS = {
     "dino": "DINO",
@@ -33,6 +31,7 @@ METRICS = {
     "leakage": "leakage rate",
 }
 TITLES = {"single": "Table 1: single subject", "multi": "Table 2: two subjects"}
+SAMPLING = "generation."  # how a protocol's keys begin that say how images are sampled
 NOT_DISTINGUISHABLE = "not distinguishable"
 ABSENT = "–"
 
@@ -41,13 +40,18 @@ class ProtocolError(ValueError):
     """Runs that were measured differently were asked into one table; the message says which setting differs."""
 
 
-def table(
-    rows: Mapping[str, pd.DataFrame | list[pd.DataFrame]], settings: Evaluation, base: str = "base"
-) -> pd.DataFrame:
-    """Long table: row, column, value, low, high, difference, difference_low, difference_high, units, seeds.
+def family(row: str) -> str:
+    """The family of a row by its key: "uno" of "uno" and "uno_sft"; "" of a row that has no base, as an anchor."""
+    name = row.partition("_")[0]
+    return name if name in FAMILIES else ""
 
-    A row is one table of scores, or a list of them, one a training seed. The difference is from the row `base`; anchors
-    and the base itself have none. Raises ProtocolError if any two tables were measured under different protocols.
+
+def table(rows: Mapping[str, pd.DataFrame | list[pd.DataFrame]], settings: Evaluation) -> pd.DataFrame:
+    """Long table: row, column, value, low, high, difference, difference_low, difference_high, units, family, seeds.
+
+    A row is one table of scores, or a list of them, one a training seed. The difference is from the row of its family's
+    base ("UNO" of "UNO+SFT"); anchors and bases have none. Raises ProtocolError if two rows were measured under
+    different protocols; how images are sampled may differ between families, not within one.
     """
     runs = {name: scores if isinstance(scores, list) else [scores] for name, scores in rows.items()}
     protocol = check_protocol(runs)
@@ -57,28 +61,32 @@ def table(
         having = [n for n in known if any((s["metric"] == metric).any() for s in runs[n])]
         tables = {n: statistics.units(runs[n], metric, settings.average, subjects) for n in having}
         for name, values in tables.items():
-            generated = runs[name][0].attrs["protocol"]["generation"] is not None
-            reference = tables.get(base) if generated and name != base else None
-            lines.append(_line(name, column, values, reference, settings) | {"seeds": len(runs[name])})
+            base = None if name == family(name) else tables.get(family(name))
+            about = {"family": FAMILIES.get(family(name), ""), "seeds": len(runs[name])}
+            lines.append(_line(name, column, values, base, settings) | about)
     result = pd.DataFrame(lines)
-    result.attrs |= {"protocol": protocol, "base": ROWS.get(base, base), "bootstrap": settings.bootstrap}
+    result.attrs |= {"protocol": protocol, "bootstrap": settings.bootstrap}
     return result
 
 
 def check_protocol(runs: Mapping[str, list[pd.DataFrame]]) -> dict:
-    """The one protocol of all runs; anchors, which generate nothing, are free of its generation part."""
+    """The one protocol of all runs, flat; what was sampled how stands under "generation.<family>.".
+
+    Anchors, which generate nothing, are free of that part, and rows of two families are not compared in it.
+    """
     first, shared = {}, {}
     for name, scores in ((n, s) for n, group in runs.items() for s in group):
         if "protocol" not in scores.attrs:
             raise ProtocolError(f"the scores of '{name}' do not say how they were measured: score the images again")
-        flat = dict(_flatten(scores.attrs["protocol"]))
-        for key, value in flat.items():
-            if first.setdefault(key, (name, value))[1] != value:
+        for key, value in _flatten(scores.attrs["protocol"]):
+            place = key.replace(SAMPLING, f"{SAMPLING}{family(name)}.") if key.startswith(SAMPLING) else key
+            other, expected = first.setdefault(place, (name, value))
+            if expected != value:
                 raise ProtocolError(
-                    f"'{first[key][0]}' and '{name}' cannot stand in one table: {key} is {first[key][1]!r} in the one "
-                    f"and {value!r} in the other; measure both the same way"
+                    f"'{other}' and '{name}' cannot stand in one table: {key} is {expected!r} in the one and "
+                    f"{value!r} in the other; measure both the same way"
                 )
-        shared |= {key: value for key, value in flat.items() if value is not None}
+            shared |= {} if value is None else {place: value}
     return shared
 
 
@@ -89,7 +97,7 @@ def wide(result: pd.DataFrame) -> pd.DataFrame:
 
 
 def differences(result: pd.DataFrame) -> pd.DataFrame:
-    """Paired differences from the base, in the same layout; "not distinguishable" where the interval contains 0."""
+    """Paired differences from each row's own base in that layout; "not distinguishable" where the interval holds 0."""
     kept = result[result["difference"].notna()]
     columns = ["difference", "difference_low", "difference_high"]
     estimates = [statistics.Estimate(*row) for row in kept[columns].itertuples(index=False)]
@@ -139,23 +147,46 @@ def _document(result: pd.DataFrame, grid: Callable, heading: Callable, paragraph
     of = kind(result.attrs["protocol"])
     parts = [heading(TITLES[of]), paragraph(_caption(result, of)), grid(wide(result))]
     if result["difference"].notna().any():
-        title = f"Paired difference from {result.attrs['base']}, same subjects (95 % interval)"
+        title = f"Paired difference from {_bases(result)}, same subjects (95 % interval)"
         parts += [heading(title), grid(differences(result))]
     parts += [heading(HEADING), grid(published(of).map("{:.3f}".format)), *map(paragraph, NOTES[of])]
     return "\n\n".join(parts) + "\n"
 
 
+def _bases(result: pd.DataFrame) -> str:
+    """ "UNO", or "the row's own base, UNO or IPAP"."""
+    bases = list(dict.fromkeys(result.loc[result["difference"].notna(), "family"]))
+    return bases[0] if len(bases) == 1 else f"the row's own base, {' or '.join(bases)}"
+
+
 def _caption(result: pd.DataFrame, of: str) -> str:
     drawn = {"single": "subjects", "multi": "pairs of subjects"}[of]
-    seeds = result[result["seeds"] > 1].drop_duplicates("row")
-    averaged = "".join(
-        f" {row}: mean over {n} training seeds." for row, n in zip(seeds["row"], seeds["seeds"], strict=True)
-    )
-    measured = ", ".join(f"{key} = {value}" for key, value in result.attrs["protocol"].items())
+    seeds = result.drop_duplicates("row").groupby("seeds")["row"].agg(", ".join)
+    averaged = "".join(f" Mean over {n} training seeds: {rows}." for n, rows in seeds.items() if n > 1)
+    leaks = " Of the leakage rate, less is better." if (result["column"] == METRICS["leakage"]).any() else ""
+    protocol = result.attrs["protocol"]
+    measured = ", ".join(f"{key} = {value}" for key, value in protocol.items() if not key.startswith(SAMPLING))
     return (
         f"Mean [95 % interval, bootstrap of {result.attrs['bootstrap']} draws over {result['units'].max()} {drawn}]."
-        f"{averaged}{' Of the leakage rate, less is better.' if of == 'multi' else ''} Measured with {measured}."
+        f"{averaged}{leaks} Measured with {measured}.{''.join(_sampling(protocol))}"
     )
+
+
+def _sampling(protocol: dict) -> Iterator[str]:
+    """How images were sampled, a sentence what all families have alike and one a family for what differs."""
+    by_family: dict[str, dict] = {}
+    for key, value in protocol.items():
+        if key.startswith(SAMPLING):
+            name, _, setting = key.removeprefix(SAMPLING).partition(".")
+            by_family.setdefault(name, {})[setting] = value
+    every = list(by_family.values())
+    alike = {k: v for k, v in every[0].items() if all(other.get(k) == v for other in every)} if every else {}
+    names = [FAMILIES.get(name, "the other rows") for name in by_family]
+    own = [{k: v for k, v in settings.items() if k not in alike} for settings in every]
+    for who, settings in [(names, alike), *zip([[name] for name in names], own, strict=True)]:
+        if settings:
+            how = ", ".join(f"{key} = {value}" for key, value in settings.items())
+            yield f" {' and '.join(who)} {'were' if len(who) > 1 else 'was'} sampled with {how}."
 
 
 def _columns(settings: Evaluation, protocol: dict) -> list[tuple[str, str, str]]:

@@ -1,0 +1,82 @@
+"""Tables of a benchmark whose attributes nobody knows, as DreamBench's: what only attributes tell is left out."""
+
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+from tiny_models import write_tiny_models, write_tiny_profile
+
+from focusdpo_lib import batch, comparison, params, stages
+from focusdpo_lib.batch import Job
+from focusdpo_lib.evaluation import tables
+from focusdpo_lib.evaluation.encoders import load_encoders
+from focusdpo_lib.toybox.benchmark import write_benchmark
+
+ROOT = Path(__file__).parents[1]
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the DreamBench photos are not beside the repository")
+BOOKS = {"04_table1": "04_table1_single_subject", "05_table2": "05_table2_multi_subject"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return write_tiny_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """The toybox's benchmark without its attributes: all that a folder in DreamBench's layout holds."""
+    folder = write_benchmark(tmp_path_factory.mktemp("data") / "plain", seed=1)
+    (folder / "attributes.json").unlink()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory, models, plain):
+    """Both tables' notebooks on that folder, nothing trained: their results."""
+    into = tmp_path_factory.mktemp("results")
+    profile = write_tiny_profile(ROOT / "params" / "smoke", into / "params", models, BOOKS)
+    over = {"results": str(into), "benchmark.folder": str(plain)}
+    for name, book in BOOKS.items():
+        batch.execute(
+            Job(ROOT / "notebooks" / f"{book}.ipynb", into / "notebooks" / name, profile / f"{name}.yaml", over)
+        )
+    return into
+
+
+@pytest.mark.parametrize(("name", "bases"), [("table1", ["UNO", "IPAP"]), ("table2", ["UNO"])])
+def test_a_notebook_leaves_out_what_only_attributes_tell_and_says_so(ran, name, bases):
+    number = {"table1": "04_table1", "table2": "05_table2"}[name]
+    cells = nbformat.read(ran / "notebooks" / number / f"{number}.ipynb", 4).cells
+    said = str([o for cell in cells if cell.cell_type == "code" for o in cell.outputs])
+    assert "left out: this benchmark does not say which attributes its subjects have" in said
+    assert "holds no complete training run. Run notebook 03 with 03_uno_sft.yaml" in said
+    assert "no adapter to compare with the base yet" in said
+    result = pd.read_csv(ran / "tables" / name / "table.csv")
+    assert result["row"].drop_duplicates().tolist() == ["real photos", "copy of the reference", *bases]
+    assert not [column for column in result["column"] if column.startswith(("attribute", "leakage"))]
+    assert "less is better" not in (ran / "tables" / name / "table.md").read_text()
+    figures = {path.stem for path in (ran / "tables" / name).glob("*.png")}
+    assert figures == {"samples", "means"}
+
+
+@needs_data
+@pytest.mark.parametrize(("kind", "columns"), [("single", 3), ("multi", 5)])
+def test_real_dreambench_goes_the_same_way(kind, columns, models, tmp_path):
+    """The dataset's photos and UNO's list of cases; one prompt of a few subjects, on tiny models."""
+    lists = {kind: str(DATA / "uno" / f"dreambench_{kind}ip.json")}
+    source = params.Benchmark(folder=str(DATA / "dreambench"), **lists)
+    benchmark = stages.load_benchmark(tmp_path, source, kind).first_prompts(1)
+    assert not benchmark.has_attributes
+    rows = {"backbone": {"model": str(models / "flux_uno")}, "generation": {"steps": 1, "prompts": 1}}
+    families = params.section("families", {"uno": rows}).given
+    evaluation = params.section(
+        "evaluation", {"bootstrap": 50} | {k: str(models / k) for k in ("dino", "clip", "reader")}
+    )
+    images = comparison.make_images(tmp_path, benchmark, families, {})
+    assert list(images) == ["uno"]
+    scores = comparison.score_rows(tmp_path, benchmark, images, load_encoders(evaluation), evaluation, families)
+    result = tables.table(scores, evaluation)
+    assert result["row"].drop_duplicates().tolist() == ["real photos", "copy of the reference", "UNO"]
+    assert result["column"].nunique() == columns  # DINO, CLIP-I (two subjects: mean and minimum of each), CLIP-T
