@@ -135,7 +135,9 @@ class Quantized(nn.Linear):
 
 def test_a_quantized_layer_counts_as_a_plain_one_and_is_itself_again_afterwards():
     layer, x = Quantized(6, 4), torch.randn(3, 6, requires_grad=True)
+    other = Quantized(4, 5)
     assert operations(lambda: layer(x).sum().backward(), layer) == 2 * (2 * 3 * 6 * 4)
+    assert operations(lambda: other(layer(x)), layer, other) == 2 * 3 * 6 * 4 + 2 * 3 * 4 * 5
     assert layer(x).eq(1).all()
 
 
@@ -170,7 +172,7 @@ def counts(backbone, pairs, draw):
     found = {"forward": steps.winners_forward(backbone, pairs, draw, masked=False)}
     found |= {name: steps.our_step(backbone, pairs, draw, name) for name in steps.OBJECTIVES}
     found["plain"] = steps.plain_step(backbone, reference_copy(backbone), pairs, draw)
-    return {name: operations(step, backbone.network) for name, step in found.items()}
+    return {name: operations(step, backbone.network) for name, step in found.items()}  # nothing is quantized here
 
 
 @pytest.mark.parametrize("random_batch", SMALL, indirect=True, **ids)
@@ -180,7 +182,7 @@ def test_masks_cost_no_operations_and_the_plain_reading_one_forward_more(random_
     assert found["plain"] == found["focusdpo"] + found["forward"]
     # Above the floor: LoRA, and attention's backward, twice its forward. Below: what no gradient passes in a U-Net.
     for name in steps.OBJECTIVES:
-        assert 0.95 < found[name] / (steps.FLOOR[name] * found["forward"]) < 4 / 3
+        assert 0.9 < found[name] / (steps.FLOOR[name] * found["forward"]) < 4 / 3
 
 
 def test_gradient_checkpointing_adds_the_blocks_of_one_more_policy_pass(batch):

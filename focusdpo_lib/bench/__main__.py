@@ -35,9 +35,10 @@ def main(arguments: list[str] | None = None) -> None:
     diffusers.utils.logging.set_verbosity_error()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.zeros(1, device=device)  # from here on, provenance names the GPU
-    if chosen.size == "full" and device.type == "cpu":
+    on_gpu = device.type == "cuda"  # diffusers quantizes there alone
+    offered = cases(chosen.size or ("full" if on_gpu else "small"), quantized=on_gpu)
+    if chosen.size == "full" and not on_gpu:
         top.error("--size full needs a GPU: leave it out for the small sizes")
-    offered = cases(chosen.size or ("full" if device.type == "cuda" else "small"))
     wanted = [case for case in offered if all(word in case.name for word in chosen.only)]
     if not wanted:
         top.error(f"no case has all of {chosen.only} in its name: choose from {', '.join(c.name for c in offered)}")

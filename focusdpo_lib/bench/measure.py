@@ -78,24 +78,25 @@ CPU_ATTENTION = {  # torch's counter knows the fused kernels of a GPU only
 }
 
 
-def operations(task: Task, network: nn.Module) -> int:
+def operations(task: Task, *networks: nn.Module) -> int:
     """Floating-point operations of what a task does: matrix products, convolutions and attention, forward and backward.
 
     A multiply-add is two. Everything else (norms, activations, the masks' cosines) is left out, as it is by every count
     of this kind: it moves memory and does little arithmetic. What gradient checkpointing computes twice counts twice.
+    `networks` are all whose layers may be quantized.
     """
-    with _plain_matrices(network), FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+    with _plain_matrices(*networks), FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         task()
     return counter.get_total_flops()
 
 
 @contextmanager
-def _plain_matrices(network: nn.Module) -> Iterator[None]:
+def _plain_matrices(*networks: nn.Module) -> Iterator[None]:
     """Quantized matrices multiply as plain ones of their shape: the kernels of bitsandbytes are not seen by a counter.
 
     The product's numbers are nonsense, its operations are not.
     """
-    linear = [m for m in network.modules() if isinstance(m, nn.Linear)]
+    linear = [m for network in networks for m in network.modules() if isinstance(m, nn.Linear)]
     with ExitStack() as stack:
         for module in linear:
             if not module.weight.dtype.is_floating_point:

@@ -74,6 +74,10 @@ matrix products, convolutions and attention, and their fraction is of this devic
 Peak memory is torch's own account on a GPU; on a CPU it is the weights' bytes and the peak of what a step allocates.
 Small sizes have the parts of the full ones and show that everything runs; their numbers tell nothing about a GPU.
 """
+UNMEASURED = """\
+**Nothing of full size, and nothing quantized, has been measured here**: both need a GPU; `make bench` measures them
+there.
+"""
 
 
 def read_results(folder: Path) -> dict[str, dict]:
@@ -103,6 +107,8 @@ def page(entries: dict[str, dict]) -> str:
         "## Steps",
         steps_table(measured),
     ]
+    if not any(entry["case"]["size"] == "full" for entry in measured.values()):
+        parts.insert(3, UNMEASURED)
     if other:
         parts += ["## Not measured", table(["case", "why"], [[name, why] for name, why in other.items()])]
     return "\n\n".join(part.strip() for part in parts) + "\n"

@@ -94,7 +94,7 @@ def measure(case: Case, device: torch.device, rounds: int, batch: int, scratch: 
 def cost(step: Task, backbone: Backbone, floor: int, *others: torch.nn.Module) -> dict:
     """Bytes and operations of a step; `others` are networks held beside the backbone's."""
     peak = peak_bytes(step, backbone.network, *others)
-    counted = operations(step, backbone.network)
+    counted = operations(step, backbone.network, *others)
     return {"peak_bytes": peak, "operations": counted, "operations / floor": counted / floor}
 
 
