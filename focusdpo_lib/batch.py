@@ -139,16 +139,37 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """The options --over and --set, which `chosen_overrides` reads."""
+    parser.add_argument(
+        "--over", action="append", default=[], type=Path, metavar="FILE", help="a YAML of settings over every YAML"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="over every YAML that has it")
+
+
+def chosen_overrides(given: argparse.Namespace) -> dict[str, Any]:
+    """What --over and --set put over every YAML, --set last. ParameterError for a file that is not settings."""
+    overrides: dict[str, Any] = {}
+    for path in given.over:
+        overrides |= params.read_overrides(path)
+    return overrides | {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in given.set)}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: one notebook under several YAML files, one run each."""
     parser = argparse.ArgumentParser(prog="python -m focusdpo_lib.batch", description=__doc__.splitlines()[0])
     parser.add_argument("notebook", type=Path)
     parser.add_argument("params", type=Path, nargs="+", help="YAML files; the name of each is the name of its run")
     parser.add_argument("--into", type=Path, required=True, help="folder of the executed notebooks")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="over every YAML file")
+    add_overrides(parser)
     given = parser.parse_args(arguments)
-    overrides = {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in given.set)}
-    suffix = "".join(f"_{key.split('.')[-1]}-{value}" for key, value in overrides.items())
+    try:
+        overrides = chosen_overrides(given)
+    except ParameterError as error:
+        print(f"nothing was run: {error}")
+        return 1
+    suffix = "".join(f"_{path.stem}" for path in given.over)
+    suffix += "".join(f"_{key.split('.')[-1]}-{value}" for key, _, value in (t.partition("=") for t in given.set))
     return run_all([Job(given.notebook, given.into / (p.stem + suffix), p, overrides) for p in given.params])
 
 

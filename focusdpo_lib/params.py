@@ -71,6 +71,7 @@ class Backbone(Section):
 
 
 class Dip(Section):
+    folder: str | None = None  # pairs made elsewhere, in the kit's format: nothing is built, and the rest says nothing
     train_pairs: int = Field(1600, gt=0)
     validation_pairs: int = Field(160, gt=0)
     two_subject_share: float = Field(0.5, ge=0, le=1)
@@ -238,6 +239,16 @@ def section(name: str, values: dict[str, Any] | None = None, where: str = "the p
     except ValidationError as error:
         problems = dict.fromkeys(_explain(name, e, where) for e in error.errors())
         raise ParameterError("; ".join(problems)) from None
+
+
+def read_overrides(path: str | Path) -> dict[str, Any]:
+    """A YAML of some settings of some sections as overrides: {"training.steps": 10, …}."""
+    values = read_yaml(path)
+    if flat := [name for name in values if name not in SECTIONS]:
+        raise ParameterError(
+            f"{path} puts {', '.join(flat)} over other files, which is no section of settings: remove it"
+        )
+    return {f"{name}.{key}": value for name, group in values.items() for key, value in (group or {}).items()}
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -17,10 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from focusdpo_lib import backbones, notebooks, params, runs
-from focusdpo_lib.batch import Job, resolved, run_all, span
+from focusdpo_lib.batch import Job, add_overrides, chosen_overrides, resolved, run_all, span
 from focusdpo_lib.evaluation.encoders import toybox_folder
 from focusdpo_lib.evaluation.tables import FAMILIES, ROWS, family
 from focusdpo_lib.params import ParameterError
@@ -273,14 +271,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("--notebooks", type=Path, default=Path("notebooks"))
     parser.add_argument("--reference", type=Path, help="when all is complete, keep tables, figures and HTML here")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="over every YAML that has it")
+    add_overrides(parser)
     given = parser.parse_args(arguments)
-    overrides = {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in given.set)}
     if given.seeds < 1:
         parser.error(f"--seeds {given.seeds}: at least one")
     try:
         profile, results = given.params / given.profile, given.results / given.profile
-        jobs = plan(profile, results, given.notebooks, given.seeds, overrides, given.families)
+        jobs = plan(profile, results, given.notebooks, given.seeds, chosen_overrides(given), given.families)
         return reproduce(jobs, results, costs(profile), given.reference)
     except (ParameterError, runs.RunError) as error:
         print(f"nothing was run: {error}")

@@ -36,7 +36,14 @@ def device() -> str:
 
 
 def build_pairs(results: Path, run: str, dip: params.Dip) -> Path:
-    """Stage dip: the preference pairs of the toybox world."""
+    """Stage dip: the preference pairs of the toybox world, or the folder of pairs that the settings name.
+
+    Raises RunError where that folder holds none.
+    """
+    if dip.folder is not None:
+        if not (Path(dip.folder) / "train.parquet").is_file():
+            raise RunError(f"dip.folder = {dip.folder} holds no train.parquet: correct it, or make the pairs first")
+        return Path(dip.folder)
     job = Run(Path(results) / "dip" / run, {"dip": dip})
     if not job.complete:
         with job:
