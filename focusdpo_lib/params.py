@@ -245,9 +245,7 @@ def read_overrides(path: str | Path) -> dict[str, Any]:
     """A YAML of some settings of some sections as overrides: {"training.steps": 10, …}."""
     values = read_yaml(path)
     if flat := [name for name in values if name not in SECTIONS]:
-        raise ParameterError(
-            f"{path} puts {', '.join(flat)} over other files, which is no section of settings: remove it"
-        )
+        raise ParameterError(f"{', '.join(flat)} in {path} is no section of settings: remove it, or use --set")
     return {f"{name}.{key}": value for name, group in values.items() for key, value in (group or {}).items()}
 
 
