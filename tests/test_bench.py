@@ -182,7 +182,7 @@ def test_masks_cost_no_operations_and_the_plain_reading_one_forward_more(random_
     assert found["plain"] == found["focusdpo"] + found["forward"]
     # Above the floor: LoRA, and attention's backward, twice its forward. Below: what no gradient passes in a U-Net.
     for name in steps.OBJECTIVES:
-        assert 0.9 < found[name] / (steps.FLOOR[name] * found["forward"]) < 4 / 3
+        assert 0.9 < found[name] / (steps.FLOOR[name] * found["forward"]) < 1.15
 
 
 def test_gradient_checkpointing_adds_the_blocks_of_one_more_policy_pass(batch):

@@ -30,7 +30,7 @@ class Goal(NamedTuple):
         worst = min(numbers) if self.at_least else max(numbers)
         met = worst >= self.limit if self.at_least else worst <= self.limit
         cases = "1 case" if len(numbers) == 1 else f"the worst of {len(numbers)} cases"
-        return f"{worst:.3g} {self.unit}".strip() + f" ({cases})", "met" if met else "missed"
+        return f"{worst:.4g} {self.unit}".strip() + f" ({cases})", "met" if met else "missed"
 
 
 def toybox(case: dict) -> bool:
