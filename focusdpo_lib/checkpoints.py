@@ -1,8 +1,10 @@
 """What a training keeps on disk while it runs: one checkpoint file, and a log with one row a pair and step."""
 
 import csv
+import fcntl
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,14 +16,29 @@ from focusdpo_lib.runs import NO_SPACE, RunError, atomic
 
 LOG = "steps.csv"
 CHECKPOINT = "checkpoint.safetensors"
+LOCK = ".training"
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keeps other processes from training in the same folder; the system lets go of it however this process ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"another process is training in {folder}: wait for it, or end it") from None
+        yield
+    (folder / LOCK).unlink(missing_ok=True)
 
 
 def save_checkpoint(folder: Path, step: int, weights: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
     """Writes weights and optimizer state after `step` steps as one file, whole or not at all."""
     tensors = {f"{i}.weight": weight for i, weight in enumerate(weights)}
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"{i}.{name}": torch.as_tensor(value) for name, value in state.items()}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    for i, weight in enumerate(weights):
+        tensors |= {f"{i}.{name}": torch.as_tensor(value) for name, value in optimizer.state[weight].items()}
+    # Copied: quantized optimizers share tables among their states, which safetensors refuses.
+    tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     with atomic(folder / CHECKPOINT) as partial:
         save_file(tensors, partial, {"step": str(step)})
 
@@ -43,10 +60,17 @@ def resume(folder: Path, weights: Sequence[nn.Parameter], optimizer: torch.optim
     loaded = [states[i].pop("weight") for i in sorted(states)]
     if [tensor.shape for tensor in loaded] != [weight.shape for weight in weights]:
         raise RunError(f"{path} is of another adapter: choose another run name, or delete {folder}")
-    for weight, tensor in zip(weights, loaded, strict=True):
+    for i, (weight, tensor) in enumerate(zip(weights, loaded, strict=True)):
         weight.data.copy_(tensor)
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
+        optimizer.state[weight] = {name: _restored(value, weight.device) for name, value in states[i].items()}
     return step
+
+
+def _restored(value: torch.Tensor, device: torch.device) -> torch.Tensor | int:
+    """A part of an optimizer's state: torch counts steps in a float tensor on the CPU, bitsandbytes in an int."""
+    if value.ndim:
+        return value.to(device)
+    return value if value.is_floating_point() else value.item()
 
 
 def cut_log(folder: Path, step: int) -> None:

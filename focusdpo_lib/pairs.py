@@ -1,10 +1,14 @@
 """Preference pairs as a training step wants them: latents, conditioning and M_d, computed once per dataset."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from focusdpo_lib import params
 from focusdpo_lib.backbones import Backbone, Conditioning
@@ -14,6 +18,8 @@ from focusdpo_lib.objectives import patch_quality
 
 # Pixels (B, 3, H, W) in [-1, 1] → patch tokens (B, P, d) of a vision encoder, row-major on a square grid.
 PatchEncoder = Callable[[torch.Tensor], torch.Tensor]
+PIXELS = 2**18  # of winners that are encoded at once: 64 of 64×64, one of 512×512
+FILE = "references_{}.safetensors"  # prepared pairs by their number of references
 
 
 @dataclass(frozen=True)
@@ -48,12 +54,13 @@ def prepare(
     masks: params.Masks,
     *,
     patches: PatchEncoder | None = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
 ) -> dict[int, PreparedPairs]:
     """Prepares pairs, grouped by their number of references: a batch can only hold one number.
 
-    `patches` is the vision encoder of PatchDPO's maps, needed for that objective alone. Raises DatasetError for a
-    subject that covers no token (its K would be 0) and for images of sizes that cannot form one batch.
+    `patches` is the vision encoder of PatchDPO's maps, needed for that objective alone; `batch_size` pairs are encoded
+    at once (none: as many as their size allows). Raises DatasetError for a subject that covers no token (its K would
+    be 0) and for images of sizes that cannot form one batch.
     """
     order: dict[int, list[int]] = {}
     sizes: dict[int, tuple] = {}
@@ -61,6 +68,8 @@ def prepare(
         count = len(pair.references)
         order.setdefault(count, []).append(i)
         _check_sizes(pair, sizes.setdefault(count, _sizes(pair)), backbone.multiple)
+    if batch_size is None:
+        batch_size = max([1, *(PIXELS // (height * width) for (height, width), *_ in sizes.values())])
     return {
         count: _join([_prepare(backbone, [pairs[i] for i in rows[at : at + batch_size]], masks, patches)
                       for at in range(0, len(rows), batch_size)])
@@ -103,7 +112,7 @@ def _prepare(backbone: Backbone, pairs: list[Pair], masks: params.Masks, patches
         ids=tuple(p.id for p in pairs),
         win=latents,
         lose=backbone.encode_images(lose).cpu(),
-        conditioning=backbone.condition([p.prompt for p in pairs], references).to("cpu"),
+        conditioning=backbone.condition([p.prompt for p in pairs], references, to_grid(tokens, grid, size)).to("cpu"),
         prior_tokens=tokens,
         detail=detail_field(win, size, window, masks.entropy_bins),
         token_grid=grid,
@@ -121,18 +130,44 @@ def _quality(patches: PatchEncoder, win: torch.Tensor, lose: torch.Tensor, size)
 
 
 def _join(parts: list[PreparedPairs]) -> PreparedPairs:
-    conditions = [p.conditioning for p in parts]
     return PreparedPairs(
         ids=sum((p.ids for p in parts), ()),
         win=torch.cat([p.win for p in parts]),
         lose=torch.cat([p.lose for p in parts]),
-        conditioning=Conditioning(
-            torch.cat([c.text for c in conditions]),
-            torch.cat([c.pooled for c in conditions]),
-            tuple(torch.cat(same) for same in zip(*(c.references for c in conditions), strict=True)),
-        ),
+        conditioning=Conditioning.join([p.conditioning for p in parts]),
         prior_tokens=torch.cat([p.prior_tokens for p in parts]),
         detail=torch.cat([p.detail for p in parts]),
         token_grid=parts[0].token_grid,
         quality=None if parts[0].quality is None else torch.cat([p.quality for p in parts]),
     )
+
+
+def save(data: dict[int, PreparedPairs], folder: Path) -> None:
+    """Writes prepared pairs, one safetensors file for each number of references."""
+    for count, pairs in data.items():
+        condition = pairs.conditioning
+        tensors = {
+            **{name: getattr(pairs, name) for name in ("win", "lose", "prior_tokens", "detail", "quality")},
+            **{name: getattr(condition, name) for name in ("text", "pooled", "regions")},
+            **{f"reference_{i}": reference for i, reference in enumerate(condition.references)},
+        }
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
+        facts = {"ids": json.dumps(pairs.ids), "token_grid": json.dumps(pairs.token_grid)}
+        save_file(tensors, folder / FILE.format(count), facts)
+
+
+def load(folder: Path) -> dict[int, PreparedPairs]:
+    """Reads what `save` wrote. The tensors stay on disk, mapped into memory: processes of one machine share them."""
+    data = {}
+    for path in sorted(Path(folder).glob(FILE.format("*"))):
+        with safe_open(path, "pt") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            facts = {name: json.loads(value) for name, value in file.metadata().items()}
+        references = tuple(found.pop(f"reference_{i}") for i in range(sum(n.startswith("reference_") for n in found)))
+        data[len(references)] = PreparedPairs(
+            ids=tuple(facts["ids"]),
+            token_grid=tuple(facts["token_grid"]),
+            conditioning=Conditioning(found.pop("text"), found.pop("pooled"), references, found.pop("regions", None)),
+            **found,
+        )
+    return data

@@ -24,8 +24,11 @@ class Section(BaseModel):
 
 
 FAMILY_SETTINGS = {
-    "flux_uno": ("subject_lora", "position_mode", "sampling_shift"),
-    "sdxl_ip": ("ip_adapter", "ip_weights", "ip_encoder", "ip_scale", "image_tokens", "negative_prompt"),
+    "flux_uno": ("subject_lora", "subject_revision", "position_mode", "sampling_shift"),
+    "sdxl_ip": (
+        *("ip_adapter", "ip_revision", "ip_weights", "ip_encoder", "ip_scale"),
+        *("image_tokens", "negative_prompt"),
+    ),
 }
 
 
@@ -33,19 +36,23 @@ class Backbone(Section):
     family: Literal["flux_uno", "sdxl_ip"] = "flux_uno"
     model: str = "toybox"  # a pipeline folder or hub id; "toybox" is the model shipped with the package
     revision: str | None = None
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 wherever the device computes in it
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of arithmetic; auto: as `weights`, or
+    # bfloat16 wherever the device computes in it
+    weights: Literal["float32", "bfloat16", "float16", "int8", "nf4"] = "float32"  # how the frozen base is held
 
     # flux_uno alone
     subject_lora: str | None = None  # UNO's released LoRA file or hub id: part of the base, never switched off
+    subject_revision: str | None = None
     position_mode: Literal["d", "h", "w", "o"] = "d"  # UNO's offset of the reference position ids
     sampling_shift: Literal["uno", "library"] = "uno"  # the token count that shifts a sampling run's times
 
     # sdxl_ip alone
     ip_adapter: str | None = None  # folder or hub id of weights and image encoder; none: the model's own `ip_adapter`
+    ip_revision: str | None = None
     ip_weights: str = "sdxl_models/ip-adapter-plus_sdxl_vit-h.safetensors"  # in it
     ip_encoder: str = "models/image_encoder"  # in it
     ip_scale: float = Field(1.0, ge=0)  # PatchDPO's protocol: 0.78 with all references, 0.65 with one
-    image_tokens: Literal["concatenate", "average"] = "concatenate"  # of several references; average: PatchDPO's
+    image_tokens: Literal["concatenate", "average", "masks"] = "concatenate"  # of several references
     negative_prompt: str = ""  # of guided sampling
 
     @model_validator(mode="after")
@@ -54,6 +61,12 @@ class Backbone(Section):
             for name in names if family != self.family else ():
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"{name} is a setting of {family} and means nothing to {self.family}: remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _computable(self):
+        if self.precision == "float32" and self.weights != "float32":
+            raise ValueError(f"weights in {self.weights} cannot compute in float32: leave precision at auto")
         return self
 
 
@@ -110,8 +123,19 @@ class Training(Section):
     timesteps: Literal["uniform", "uno_shift", "logit_normal"] = "uniform"  # R15
     checkpoint_every: int = Field(50, gt=0)
     gradient_checkpointing: bool = False  # slower, and most of the activations' memory less
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"  # 8 bits: state in a quarter of the memory (bitsandbytes)
+    compile: bool = False  # torch.compile of the repeated blocks: minutes at the start, faster steps on a GPU
+    processes: int | None = Field(None, gt=0)  # none: in this process; else as many, by `accelerate launch`
     seed: int = 0
     lora: Lora = Lora()
+
+
+class Launch(Section):
+    """Where the processes of a training run; it changes nothing that they compute."""
+
+    machines: int = Field(1, gt=0)  # with a shared file system; focusdpo_lib.launch starts the others
+    main_address: str | None = None  # of the first machine
+    main_port: int = Field(0, ge=0)  # 0: any free one, on one machine
 
 
 class Generation(Section):
@@ -196,6 +220,7 @@ SECTIONS: dict[str, type[Section]] = {
     "masks": Masks,
     "objective": Objective,
     "training": Training,
+    "launch": Launch,
     "generation": Generation,
     "evaluation": Evaluation,
     "benchmark": Benchmark,

@@ -5,19 +5,25 @@
 Folders lie at `results/<stage>/<run>`. A stage whose run is complete returns at once; one that was interrupted goes on.
 """
 
+import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pandas as pd
 import torch
 
-from focusdpo_lib import backbones, params
+from focusdpo_lib import adapter_card, backbones, params
 from focusdpo_lib.dip import dataset
 from focusdpo_lib.dip import toybox as dip_toybox
 from focusdpo_lib.evaluation.benchmark import Benchmark
 from focusdpo_lib.evaluation.encoders import DinoEncoder, Encoders, toybox_folder
 from focusdpo_lib.evaluation.scores import score_images
 from focusdpo_lib.generation import IMAGES, generate
-from focusdpo_lib.pairs import prepare
+from focusdpo_lib.launch import FACTS, command
+from focusdpo_lib.launch import run as run_processes
+from focusdpo_lib.memory import MemoryAdvice
+from focusdpo_lib.pairs import load, prepare, save
 from focusdpo_lib.runs import Run, RunError, atomic, is_complete
 from focusdpo_lib.toybox.benchmark import write_benchmark
 from focusdpo_lib.training import ADAPTER, CHECKPOINT, train
@@ -38,6 +44,37 @@ def build_pairs(results: Path, run: str, dip: params.Dip) -> Path:
     return job.folder
 
 
+def prepare_pairs(
+    results: Path,
+    pairs: Path,
+    backbone: params.Backbone,
+    masks: params.Masks,
+    patch_encoder: str | None = None,
+    own_process: bool = False,
+) -> Path:
+    """Stage prepared: latents, conditioning and M_d of the train pairs, computed once and named by what they are.
+
+    Every training on the same pairs with the same backbone shares them, and none needs an encoder of its own.
+    `own_process`: this one never touches a GPU, for it would keep a hold on memory that others need.
+    """
+    inputs: dict[str, Path | str] = {"pairs": Path(pairs), **backbones.inputs(backbone)}
+    if patch_encoder is not None:
+        inputs["patch_encoder"] = Path(patch_encoder) if Path(patch_encoder).is_dir() else patch_encoder
+    settings = {"backbone": backbone, "entropy": {"window": masks.entropy_window, "bins": masks.entropy_bins}}
+    job = Run(Path(results) / "prepared", settings, inputs)
+    job.folder /= job.fingerprint[:16]
+    if not job.complete and own_process:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(prepare_pairs, results, pairs, backbone, masks, patch_encoder).result()
+    if not job.complete:
+        with job, MemoryAdvice(backbone):
+            model = backbones.load(backbone, device(), parts="encoders")
+            train_pairs = dataset.read_dataset(pairs, ["train"])["train"]
+            patches = DinoEncoder(patch_encoder, device()).patches if patch_encoder is not None else None
+            save(prepare(model, train_pairs, masks, patches=patches), job.folder)
+    return job.folder
+
+
 def train_adapter(
     results: Path,
     run: str,
@@ -46,21 +83,31 @@ def train_adapter(
     objective: params.Objective,
     masks: params.Masks,
     training: params.Training,
+    launch: params.Launch | None = None,
 ) -> Path:
-    """Stage training: an adapter by one objective (Algorithm 1); returns the run's folder."""
+    """Stage training: an adapter by one objective (Algorithm 1); returns the run's folder.
+
+    In this process or, where `training.processes` says how many, in child processes (see `launch`).
+    """
     settings = {"backbone": backbone, "objective": objective, "masks": masks, "training": training}
     inputs: dict[str, Path | str] = {"pairs": Path(pairs), **backbones.inputs(backbone)}
-    if objective.name == "patchdpo":
-        encoder = toybox_folder("dino", objective.patch_encoder)
+    encoder = toybox_folder("dino", objective.patch_encoder) if objective.name == "patchdpo" else None
+    if encoder is not None:
         inputs["patch_encoder"] = Path(encoder) if Path(encoder).is_dir() else str(encoder)
     job = Run(Path(results) / "training" / run, settings, inputs)
     if not job.complete:
+        alone = training.processes is None
+        prepared = prepare_pairs(results, pairs, backbone, masks, encoder, own_process=not alone)
         with job:
-            model = backbones.load(backbone, device())
-            train_pairs = dataset.read_dataset(pairs, ["train"])["train"]
-            patches = DinoEncoder(encoder, device()).patches if objective.name == "patchdpo" else None
-            data = prepare(model, train_pairs, masks, patches=patches)
-            train(model, data, job.folder, objective=objective, masks=masks, training=training)
+            if alone:
+                with MemoryAdvice(backbone, training):
+                    model = backbones.load(backbone, device(), parts="network")
+                    train(model, load(prepared), job.folder, objective=objective, masks=masks, training=training)
+            else:
+                words = command(job.folder, prepared, training.processes, launch or params.Launch())
+                run_processes(words, job.folder)
+                job.facts["processes"] = json.loads((job.folder / FACTS).read_text(encoding="utf-8"))
+            adapter_card.write(job.folder / ADAPTER, job.folder, backbone, objective, masks, training)
             (job.folder / CHECKPOINT).unlink(missing_ok=True)
     return job.folder
 
@@ -99,7 +146,7 @@ def generate_images(
     settings = {"backbone": backbone, "generation": generation, "kind": benchmark.kind}
     job = Run(Path(results) / "generation" / benchmark.kind / run, settings, inputs)
     if not job.complete:
-        with job:
+        with job, MemoryAdvice(backbone):
             model = backbones.load(backbone, device())
             if adapter is not None:
                 model.load_adapter(Path(adapter) / ADAPTER)

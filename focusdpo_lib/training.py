@@ -8,6 +8,7 @@ compute what one process with gradient accumulation computes.
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from focusdpo_lib import params
 from focusdpo_lib.backbones import Backbone
-from focusdpo_lib.checkpoints import CHECKPOINT, LOG, append_log, cut_log, resume, save_checkpoint
+from focusdpo_lib.checkpoints import CHECKPOINT, LOG, append_log, cut_log, held, resume, save_checkpoint
 from focusdpo_lib.masks import CorrespondenceTap, Focus, focus_field
 from focusdpo_lib.objectives import Objective, flow_weight, patchdpo_loss, preference_loss, sft_loss
 from focusdpo_lib.pairs import PreparedPairs
@@ -189,6 +190,18 @@ def log_rows(
     return rows
 
 
+def new_optimizer(weights: Sequence[nn.Parameter], training: params.Training) -> torch.optim.Optimizer:
+    """AdamW, its state in float32 or in 8 bits. Raises TrainingError where bitsandbytes is not installed."""
+    settings = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
+    if training.optimizer == "adamw":
+        return torch.optim.AdamW(weights, **settings)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise TrainingError("training.optimizer adamw_8bit needs bitsandbytes: install the extra [quantized]") from None
+    return AdamW8bit(weights, **settings)
+
+
 def train(
     backbone: Backbone,
     data: dict[int, PreparedPairs],
@@ -206,13 +219,20 @@ def train(
     would. Raises TrainingError when the loss or a gradient is not a number, naming the pairs; the checkpoint stays.
     """
     folder, accelerator = Path(folder), accelerator or Accelerator(cpu=backbone.device.type == "cpu")
+    with held(folder) if accelerator.is_main_process else nullcontext():
+        return _train(backbone, data, folder, objective, masks, training, accelerator, stop_after)
+
+
+def _train(backbone, data, folder, objective, masks, training, accelerator, stop_after) -> Path:
     if objective.name == "patchdpo" and any(pairs.quality is None for pairs in data.values()):
         raise TrainingError("PatchDPO needs patch qualities: prepare the pairs with a vision encoder (patches=…)")
     backbone.add_adapter(training.lora.rank, training.lora.alpha, training.lora.targets, seed=training.seed)
     if training.gradient_checkpointing:  # recomputed in the backward pass, after reference_model() has been left
         backbone.network.enable_gradient_checkpointing()
+    if training.compile:
+        backbone.network.compile_repeated_blocks()
     weights = backbone.adapter_parameters()
-    optimizer = torch.optim.AdamW(weights, lr=training.learning_rate, weight_decay=training.weight_decay)
+    optimizer = new_optimizer(weights, training)
     first = resume(folder, weights, optimizer)
     if accelerator.is_main_process:
         cut_log(folder, first)
@@ -222,7 +242,7 @@ def train(
                      file=sys.stdout, desc=objective.name, disable=not accelerator.is_main_process):  # fmt: skip
         draw = at(step)
         entries = _gradients(backbone, data[draw.count], draw, step, objective, masks, training, accelerator)
-        norm = _update(weights, optimizer, training, step, accelerator)
+        norm = _update(weights, optimizer, training, step, accelerator, _loss_scale(backbone))
         _require_finite(norm, f"the gradient of step {step}", data[draw.count], draw.rows)
         if accelerator.is_main_process:
             append_log(folder, entries)
@@ -243,18 +263,30 @@ def _gradients(backbone, pairs, draw, step, objective, masks, training, accelera
         part = draw.part(start, start + training.batch_size)
         loss, focus = step_objective(backbone, pairs, part, objective, masks)
         _require_finite(loss.loss, f"the loss of step {step}", pairs, part.rows)
-        (loss.loss / training.gradient_accumulation).backward()
+        (loss.loss * _loss_scale(backbone) / training.gradient_accumulation).backward()
         entries += log_rows(step, pairs, part, loss, focus, masks.tau)
     return gather_object(entries) if accelerator.num_processes > 1 else entries
 
 
+def _loss_scale(backbone: Backbone) -> float:
+    """float16 cannot hold gradients as small as a mean over an image's: they are scaled on their way, a power of 2."""
+    return 2.0**12 if backbone.precision == torch.float16 else 1.0
+
+
 def _update(
-    weights: Sequence[nn.Parameter], optimizer, training: params.Training, step: int, accelerator: Accelerator
+    weights: Sequence[nn.Parameter],
+    optimizer,
+    training: params.Training,
+    step: int,
+    accelerator: Accelerator,
+    loss_scale: float = 1.0,
 ) -> torch.Tensor:
     """One optimizer step on the mean of all processes' gradients; returns their norm before clipping.
 
-    LoRA's gradients are small, so they travel as one vector.
+    LoRA's gradients are few, so they travel as one vector.
     """
+    for weight in weights if loss_scale != 1.0 else ():
+        weight.grad.div_(loss_scale)
     if accelerator.num_processes > 1:
         together = torch.cat([w.grad.flatten() for w in weights])
         together = accelerator.reduce(together, reduction="mean")

@@ -446,7 +446,7 @@ def test_a_hub_model_that_cannot_be_reached_is_named_in_one_sentence(monkeypatch
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     message = refusal(model="nobody/nothing")
     assert message.startswith("the model nobody/nothing cannot be loaded (")
-    assert message.endswith("go online, or name a folder that holds it, or correct backbone.model")
+    assert message.endswith("go online once, name a folder that holds it, or correct backbone.model")
 
 
 def test_missing_and_damaged_weight_files_are_named(tiny_flux, tmp_path, subject_lora):

@@ -1,9 +1,12 @@
 """SDXL with IP-Adapter-Plus: equal to diffusers' own pipeline; our adapter alone tells policy and reference apart."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from diffusers.image_processor import IPAdapterMaskProcessor
 from PIL import Image
 from tiny_sdxl import TOKENS, WEIGHTS, load_tiny_sdxl, write_tiny_sdxl
 from tiny_training import TRAINING, tiny_pairs
@@ -11,10 +14,9 @@ from tiny_training import TRAINING, tiny_pairs
 from focusdpo_lib import backbones, params
 from focusdpo_lib.backbones import BackboneError, Conditioning
 from focusdpo_lib.backbones.sdxl_ip import CLIP_MEAN, CLIP_STD, clip_pixels
-from focusdpo_lib.checkpoints import LOG
 from focusdpo_lib.evaluation.encoders import preprocess
 from focusdpo_lib.pairs import prepare
-from focusdpo_lib.training import draws, step_objective, train
+from focusdpo_lib.training import draws, step_objective
 
 PROMPTS = ["a cat in the snow", "a mug on a beach"]
 
@@ -110,6 +112,61 @@ def test_averaged_tokens_do_not_know_their_order_and_one_reference_is_its_own_av
     assert torch.equal(averaging.predict(latents, t, one), backbone.predict(latents, t, one))
 
 
+@torch.no_grad()
+def test_masks_bind_each_reference_to_its_region(folder, backbone):
+    """Without any region a reference does nothing; with all of them in full, attentions add up instead of sharing."""
+    masking = load_tiny_sdxl(folder, precision="float32", image_tokens="masks")
+    latents, t, condition = sample(masking)
+    assert condition.regions.shape == (2, 2, 64, 64)  # stripes, where nobody said where the subjects stand
+    assert torch.equal(condition.regions.sum(1), torch.ones(2, 64, 64))
+    assert condition.regions[:, 0, :, :32].all() and condition.regions[:, 1, :, 32:].all()
+
+    def predicted(regions, references=condition.references):
+        return masking.predict(latents, t, replace(condition, regions=regions, references=references))
+
+    nothing = predicted(torch.zeros(2, 2, 16, 16))
+    zero = tuple(torch.zeros_like(tokens) for tokens in condition.references)
+    unseen = Conditioning(condition.text, condition.pooled, zero)
+    assert torch.allclose(nothing, backbone.predict(latents, t, unseen), atol=1e-5)  # zero tokens have zero values
+    left = torch.zeros(2, 2, 16, 16)
+    left[:, 0, :, :8] = 1
+    swapped = (condition.references[0], -condition.references[1])
+    assert torch.equal(predicted(left), predicted(left, swapped))  # the second reference has no region
+    assert not torch.allclose(predicted(left), nothing, atol=1e-4)
+
+
+@torch.no_grad()
+def test_masks_equal_the_library_s_own_and_one_reference_needs_none(folder):
+    masking = load_tiny_sdxl(folder, precision="float32", image_tokens="masks", scale=0.7)
+    latents, t, condition = sample(masking)
+    steps = (t * 1000).ceil().long() - 1
+    plain = plain_pipeline(folder)
+    plain.set_ip_adapter_scale(0.7)
+    plain.unet.encoder_hid_proj = torch.nn.Identity()
+    for row in range(2):  # the library's own masks are one set for a batch
+        regions = IPAdapterMaskProcessor().preprocess(list(condition.regions[row].numpy()), height=64, width=64)
+        one = condition[[row]]
+        size = torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]])
+        added = {"text_embeds": one.pooled, "time_ids": size, "image_embeds": [torch.stack(one.references, 1)]}
+        masks = [regions.reshape(1, 2, *regions.shape[2:])]
+        expected = plain.unet(latents[[row]], steps[[row]], one.text, added_cond_kwargs=added,
+                              cross_attention_kwargs={"ip_adapter_masks": masks}).sample  # fmt: skip
+        assert torch.allclose(masking.predict(latents, t, condition)[[row]], expected, atol=1e-5)
+    assert sample(masking, 1)[2].regions is None
+
+
+@torch.no_grad()
+def test_with_masks_training_binds_references_to_the_winner_s_subjects_and_taps_see_all(folder):
+    masking = load_tiny_sdxl(folder, precision="float32", image_tokens="masks")
+    data = prepare(masking, tiny_pairs(2), params.Masks())
+    assert data[1].conditioning.regions is None
+    pairs = data[2]
+    assert torch.equal(pairs.conditioning.regions.flatten(2), pairs.prior_tokens)
+    tap = Recorder()
+    masking.predict(pairs.win, torch.full((2,), 0.5), pairs.conditioning, taps=tap)
+    assert all(len(keys) == 2 and keys[0].shape[1] == TOKENS for _, keys, _ in tap.seen.values())
+
+
 class Recorder:
     features = "query_key"
 
@@ -179,17 +236,6 @@ def test_a_saved_adapter_comes_back_and_loads_in_a_plain_pipeline(folder, backbo
     plain.load_lora_weights(tmp_path)
     ours = backbones.SdxlIp(plain, precision="float32")
     assert torch.equal(ours.predict(*inputs), expected)
-
-
-@pytest.mark.parametrize("objective", ["sft", "dpo", "patchdpo", "focusdpo"])
-def test_every_objective_takes_a_step_with_one_and_with_two_references(backbone, patches, tmp_path, objective):
-    data = prepare(backbone, tiny_pairs(2), params.Masks(), patches=patches)
-    assert sorted(data) == [1, 2]
-    settings = params.section("training", TRAINING | {"steps": 2})
-    chosen = params.section("objective", {"name": objective})
-    train(backbone, data, tmp_path, objective=chosen, masks=params.Masks(), training=settings)
-    assert (tmp_path / LOG).read_text().count("\n") == 5  # a heading, two steps of two pairs
-    assert any(p.abs().max() > 0 for n, p in backbone.unet.named_parameters() if "lora_B.policy" in n)
 
 
 def test_the_focus_weight_lies_on_the_latent_grid_inside_the_subjects(backbone):

@@ -34,6 +34,14 @@ def write_tiny_models(out: Path, seed: int = 0) -> Path:
     return Path(out)
 
 
+def write_tiny_sdxl_ip(folder: Path) -> Path:
+    """A U-Net with its IP-Adapter: 64×64 pixels are 16×16 latents, with attention at 8×8."""
+    sizes = {"channels": (16, 32), "head_dim": 16, "blocks": 1, "text_dim": 16}
+    backbone = new_backbone(build_autoencoder((8, 8, 8)), image_width=32, hidden=64, **sizes)
+    save_backbone(backbone, folder, torch.float32)
+    return folder
+
+
 def write_tiny_profile(smoke: Path, out: Path, models: Path, names: Iterable[str]) -> Path:
     """The named YAML files of the smoke profile, with the tiny models in place of the shipped ones."""
     out.mkdir(parents=True)

@@ -1,5 +1,6 @@
 """The model families behind one small interface: what training, masks and generation may know of a model."""
 
+import logging
 import re
 import warnings
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import diffusers.utils.logging
 import torch
 import transformers.utils.logging
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 
 from focusdpo_lib import params
@@ -47,10 +49,11 @@ def inputs(settings: params.Backbone) -> dict[str, Path | str]:
     return found
 
 
-def load(settings: params.Backbone, device: str | torch.device = "cpu") -> Backbone:
+def load(settings: params.Backbone, device: str | torch.device = "cpu", parts: str = "all") -> Backbone:
     """The backbone that the settings name, frozen and in evaluation mode, on a device.
 
-    Raises BackboneError when a model, LoRA or IP-Adapter is missing, incomplete or out of reach.
+    `parts` leaves out what is not needed: "encoders" is enough to prepare pairs, "network" to train on them. Raises
+    BackboneError when a model, LoRA or IP-Adapter is missing, incomplete, gated or out of reach.
     """
     model = model_path(settings)
     remedy = "run `make toybox-weights`" if settings.model == "toybox" else "correct backbone.model"
@@ -59,20 +62,34 @@ def load(settings: params.Backbone, device: str | torch.device = "cpu") -> Backb
     for name, needed in (("subject_lora", ""), ("ip_adapter", settings.ip_weights)):
         if (source := extras.get(name)) is not None:
             _check(source, needed, f"the {WORDS[name]} {source}", f"correct backbone.{name}")
-    if Path(model).is_dir():
-        _quiet()
+    _quiet(downloads=not Path(model).is_dir())
+    shared = {"precision": settings.precision, "weights": settings.weights, "revision": settings.revision}
     try:
-        return FAMILIES[settings.family].from_pretrained(
-            model, device=device, revision=settings.revision, precision=settings.precision, **extras
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        if "out of memory" in str(error):
+        return FAMILIES[settings.family].from_pretrained(model, device=device, parts=parts, **shared, **extras)
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
             raise
-        reason = " ".join(str(error).split())[:300].rstrip(". ")
         with_these = [f"the {WORDS[name]} {extras[name]}" for name in WORDS if extras.get(name)]
         what = " with ".join([f"the model {model}", *with_these])
-        advice = "fetch it again" if Path(model).is_dir() else "go online, or name a folder that holds it"
-        raise BackboneError(f"{what} cannot be loaded ({reason}): {advice}, or {remedy}") from error
+        raise BackboneError(f"{what} cannot be loaded {_why(error, model, remedy)}") from error
+
+
+def _why(error: Exception, model: str, remedy: str) -> str:
+    """The reason in brackets and what to do; what the hub said is found behind the errors that wrap it."""
+    behind = [error]
+    while following := behind[-1].__cause__ or behind[-1].__context__:
+        behind.append(following)
+    if any(isinstance(e, GatedRepoError) for e in behind):
+        return (
+            "(it is gated): accept its licence on its page at the hub and log in with `hf auth login`, or set HF_TOKEN"
+        )
+    reason = " ".join(str(error).split())[:300].rstrip(". ")
+    if any(isinstance(e, LocalEntryNotFoundError | OfflineModeIsEnabled) for e in behind):
+        return (
+            f"(not in the cache, and the hub is out of reach): go online once, name a folder that holds it, or {remedy}"
+        )
+    advice = "fetch it again" if Path(model).is_dir() else "go online, or name a folder that holds it"
+    return f"({reason}): {advice}, or {remedy}"
 
 
 WORDS = {"subject_lora": "subject LoRA", "ip_adapter": "IP-Adapter"}
@@ -103,9 +120,16 @@ def _check(name: str, needed: str, what: str, remedy: str) -> None:
         raise BackboneError(f"{what} does not exist: {remedy}")
 
 
-def _quiet() -> None:
+def _quiet(downloads: bool) -> None:
     """A folder loads in a moment and needs no progress bars; a download keeps them."""
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+    if not downloads:
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+    # diffusers warns of casting the modules that must stay in float32 even where there are none.
+    logging.getLogger("diffusers.models.modeling_utils").addFilter(_says_something)
     # Autocast leaves the norms' weights in float32, as it should; torch only says that it has no fused kernel for that.
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+
+
+def _says_something(record: logging.LogRecord) -> bool:
+    return "kept in float32: []" not in record.getMessage()

@@ -6,6 +6,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from diffusers import BitsAndBytesConfig, PipelineQuantizationConfig
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -15,6 +16,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from focusdpo_lib.backbones.conditioning import Conditioning
 
 ADAPTER = "policy"  # the name of the one adapter that training moves
+TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+QUANTIZED = {
+    "int8": {"load_in_8bit": True},
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},
+}
 
 
 def computes_in_bfloat16(device: torch.device) -> bool:
@@ -25,10 +31,30 @@ def computes_in_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and bool(capabilities.get("avx512_bf16"))
 
 
-def chosen_precision(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype that a setting names; "auto" is bfloat16 wherever the device computes in it."""
-    auto = torch.bfloat16 if computes_in_bfloat16(device) else torch.float32
-    return auto if precision == "auto" else getattr(torch, precision)
+def chosen_precision(precision: str, device: torch.device, weights: str = "float32") -> torch.dtype:
+    """The dtype that a setting names; "auto" is what the weights are held in, or bfloat16 where the device has it."""
+    if precision != "auto":
+        return getattr(torch, precision)
+    if weights in ("bfloat16", "float16"):
+        return getattr(torch, weights)
+    if computes_in_bfloat16(device):
+        return torch.bfloat16
+    return torch.float32 if weights == "float32" else torch.float16  # a quantized base on a GPU before bfloat16
+
+
+def loading(part: str | None, weights: str) -> dict:
+    """Keyword arguments of `from_pretrained` that hold the pipeline's `part` and its encoders in `weights`.
+
+    Quantized, the part goes through diffusers' bitsandbytes backend and the encoders stay in bfloat16. The autoencoder
+    is small and stays in float32: SDXL's own overflows half precision.
+    """
+    if weights not in QUANTIZED:
+        return {"dtype": {"vae": torch.float32, "default": getattr(torch, weights)}}
+    arguments = {"dtype": {"vae": torch.float32, "default": torch.bfloat16}}
+    if part is not None:
+        mapping = {part: BitsAndBytesConfig(**QUANTIZED[weights])}
+        arguments["quantization_config"] = PipelineQuantizationConfig(quant_mapping=mapping)
+    return arguments
 
 
 class Family:
@@ -42,7 +68,8 @@ class Family:
 
     def autocast(self):
         """Mixed precision as `precision` says; float32 weights stay float32."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16)
+        mixed = self.precision != torch.float32
+        return torch.autocast(self.device.type, self.precision if mixed else torch.bfloat16, enabled=mixed)
 
     def attention(self):
         """On a CPU the fused attention kernel's backward is slow at short lengths: 40 % of a toybox step."""
@@ -50,8 +77,13 @@ class Family:
         return sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" and not recomputed else nullcontext()
 
     @torch.no_grad()
-    def condition(self, prompts: list[str], references: Sequence[torch.Tensor]) -> Conditioning:
-        """Everything a prediction is conditioned on, for B prompts and S batches of reference pixels (B, 3, h, w)."""
+    def condition(
+        self, prompts: list[str], references: Sequence[torch.Tensor], regions: torch.Tensor | None = None
+    ) -> Conditioning:
+        """Everything a prediction is conditioned on, for B prompts and S batches of reference pixels (B, 3, h, w).
+
+        `regions` (B, S, h, w), where each subject stands, matters only to a family that can bind references to places.
+        """
         return Conditioning(*self.encode_prompts(prompts), self.encode_references(references))
 
     @torch.no_grad()

@@ -7,14 +7,14 @@ References go through the same embedder as the target and share its timestep; on
 import math
 from collections.abc import Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from diffusers import FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from focusdpo_lib.backbones.conditioning import Conditioning
-from focusdpo_lib.backbones.family import Family, chosen_precision
+from focusdpo_lib.backbones.family import TEXT_PARTS, Family, chosen_precision, loading
+from focusdpo_lib.backbones.subject_lora import load_subject_lora
 from focusdpo_lib.backbones.tokens import output_hook, pack, position_ids, query_key_hooks, unpack
 
 # UNO's own targets (R17): attention q, k, v and output of both streams in double blocks; q, k, v and output of single.
@@ -24,42 +24,61 @@ LORA_TARGETS = (
 )
 
 
-def load_subject_lora(pipeline: FluxPipeline, source: str | Path) -> None:
-    """Puts UNO's LoRA, as released, on the pipeline; `source` is the file, or a folder or hub id that holds it."""
-    path = Path(source)
-    folder, name = (str(path.parent), path.name) if path.suffix == ".safetensors" else (str(source), None)
-    pipeline.load_lora_weights(folder, weight_name=name, adapter_name="subject", use_safetensors=True)
-
-
 class FluxUno(Family):
     """A FLUX pipeline with UNO's conditioning, frozen but for the adapter that `add_adapter` puts on it."""
 
     part, targets, predicts = "transformer", LORA_TARGETS, "velocity"
 
     def __init__(
-        self, pipeline: FluxPipeline, *, precision: str = "auto", position_mode: str = "d", sampling_shift="uno"
+        self,
+        pipeline: FluxPipeline,
+        *,
+        precision: str = "auto",
+        weights: str = "float32",
+        position_mode: str = "d",
+        sampling_shift: str = "uno",
     ):
         self.pipeline = pipeline
         self.transformer, self.vae = pipeline.transformer, pipeline.vae
         self.network = self.transformer
         for module in (self.transformer, self.vae, pipeline.text_encoder, pipeline.text_encoder_2):
-            if module is not None:  # a pipeline without encoders predicts from what was encoded before
+            if module is not None:  # see `parts` below
                 module.requires_grad_(False).eval()
-        self.device = self.transformer.device
-        self.precision = chosen_precision(precision, self.device)
+        self.device = (self.vae if self.transformer is None else self.transformer).device
+        self.precision = chosen_precision(precision, self.device, weights)
         self.position_mode, self.sampling_shift = position_mode, sampling_shift
         self.text_length = min(pipeline.tokenizer_2.model_max_length, 512) if pipeline.tokenizer_2 else 512
         self.stride = pipeline.vae_scale_factor
         self.multiple = 2 * self.stride
-        self.double_blocks = len(self.transformer.transformer_blocks)
+        self.double_blocks = 0 if self.transformer is None else len(self.transformer.transformer_blocks)
 
     @classmethod
-    def from_pretrained(cls, model, *, device="cpu", revision=None, subject_lora=None, **settings) -> "FluxUno":
-        """Loads a pipeline folder or hub id (safetensors only) and, if given, the subject LoRA, a part of the base."""
-        pipeline = FluxPipeline.from_pretrained(model, revision=revision, use_safetensors=True, dtype=torch.float32)
-        if subject_lora is not None:
-            load_subject_lora(pipeline, subject_lora)
-        return cls(pipeline.to(device), **settings)
+    def from_pretrained(
+        cls,
+        model,
+        *,
+        device="cpu",
+        revision=None,
+        subject_lora=None,
+        subject_revision=None,
+        weights: str = "float32",
+        parts: str = "all",
+        **settings,
+    ) -> "FluxUno":
+        """Loads a pipeline folder or hub id (safetensors only) and, if given, the subject LoRA, a part of the base.
+
+        `parts`: "encoders" leaves out the transformer, as `prepare` does without it; "network" leaves out the text
+        encoders, which training does without, and keeps the autoencoder on the CPU.
+        """
+        absent = {"network": TEXT_PARTS, "encoders": ("transformer",)}.get(parts, ())
+        quantized_part = None if parts == "encoders" else cls.part
+        pipeline = FluxPipeline.from_pretrained(
+            model, revision=revision, use_safetensors=True, **dict.fromkeys(absent), **loading(quantized_part, weights)
+        )
+        if subject_lora is not None and parts != "encoders":
+            load_subject_lora(pipeline, subject_lora, subject_revision)
+        (pipeline.transformer if parts == "network" else pipeline).to(device)
+        return cls(pipeline, weights=weights, **settings)
 
     def token_grid(self, size: Sequence[int]) -> tuple[int, int]:
         """The grid (h, w) of the target's tokens for latents of `size` (H, W)."""

@@ -2,11 +2,13 @@
 
 The target of training is the noise ε at x_t of the pipeline's own noise schedule. A reference is what the adapter's
 resampler makes of it, 16 tokens; several references are joined by `image_tokens`: side by side in one softmax
-("concatenate"), or as their mean ("average", PatchDPO's protocol).
+("concatenate"), as their mean ("average", PatchDPO's protocol), or each in an attention of its own that acts in its
+subject's region alone ("masks", the pipeline's `ip_adapter_masks`).
 """
 
 from collections.abc import Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from focusdpo_lib.backbones.conditioning import Conditioning
-from focusdpo_lib.backbones.family import Family, chosen_precision
+from focusdpo_lib.backbones.family import TEXT_PARTS, Family, chosen_precision, loading
 
 # R17: every attention's q, k, v and output, and IP-Adapter's own keys and values.
 LORA_TARGETS = r".*\.attn[12]\.(to_[qkv]|to_out\.0|processor\.to_[kv]_ip\.\d+)"
@@ -33,6 +35,12 @@ def clip_pixels(pixels: torch.Tensor, size: int) -> torch.Tensor:
     return ((pixels[..., top : top + size, left : left + size] + 1) / 2 - mean) / std
 
 
+def stripes(references: int, side: int = 64) -> torch.Tensor:
+    """Regions (1, S, side, side) for a prompt whose subjects stand side by side, from left to right."""
+    column = torch.arange(side) * references // side
+    return (column == torch.arange(references)[:, None]).float()[None, :, None].expand(-1, -1, side, -1)
+
+
 class SdxlIp(Family):
     """An SDXL pipeline with an IP-Adapter, frozen but for the adapter that `add_adapter` puts on its U-Net."""
 
@@ -43,6 +51,7 @@ class SdxlIp(Family):
         pipeline: StableDiffusionXLPipeline,
         *,
         precision: str = "auto",
+        weights: str = "float32",
         image_tokens: str = "concatenate",
         scale: float = 1.0,
         negative_prompt: str = "",
@@ -57,7 +66,7 @@ class SdxlIp(Family):
         self.unet.encoder_hid_proj = nn.Identity()
         pipeline.set_ip_adapter_scale(scale)
         self.device = self.unet.device
-        self.precision = chosen_precision(precision, self.device)
+        self.precision = chosen_precision(precision, self.device, weights)
         self.image_tokens, self.negative_prompt = image_tokens, negative_prompt
         self.stride = self.multiple = pipeline.vae_scale_factor
         self.noising = DDPMScheduler.from_config(pipeline.scheduler.config)
@@ -65,17 +74,40 @@ class SdxlIp(Family):
 
     @classmethod
     def from_pretrained(
-        cls, model, *, ip_adapter: str, ip_weights: str, ip_encoder: str, device="cpu", revision=None, **settings
+        cls,
+        model,
+        *,
+        ip_adapter: str,
+        ip_weights: str,
+        ip_encoder: str,
+        device="cpu",
+        revision=None,
+        ip_revision=None,
+        weights: str = "float32",
+        parts: str = "all",
+        **settings,
     ) -> "SdxlIp":
-        """Loads a pipeline folder or hub id and, from the folder or id `ip_adapter`, weight file and image encoder."""
+        """Loads a pipeline folder or hub id and, from the folder or id `ip_adapter`, weight file and image encoder.
+
+        `parts` "network" leaves out the encoders, which `prepare` has used before; the autoencoder then stays on the
+        CPU. ("encoders" are the whole here: the U-Net holds the resampler.)
+        """
+        encoders = parts != "network"
+        left_out = {} if encoders else dict.fromkeys(TEXT_PARTS)
         pipeline = StableDiffusionXLPipeline.from_pretrained(
-            model, revision=revision, use_safetensors=True, dtype=torch.float32
+            model, revision=revision, use_safetensors=True, **left_out, **loading(cls.part, weights)
         )
         path = Path(ip_weights)  # load_ip_adapter casts the pipeline: before any float32 LoRA weights
         pipeline.load_ip_adapter(
-            ip_adapter, subfolder=str(path.parent), weight_name=path.name, image_encoder_folder=ip_encoder
+            ip_adapter,
+            subfolder=str(path.parent),
+            weight_name=path.name,
+            image_encoder_folder=ip_encoder if encoders else None,
+            revision=ip_revision,
         )
-        return cls(pipeline.to(device), **settings)
+        pipeline.vae.float()
+        (pipeline if encoders else pipeline.unet).to(device)
+        return cls(pipeline, weights=weights, **settings)
 
     def token_grid(self, size: Sequence[int]) -> tuple[int, int]:
         """Scores of layers of every size are resampled to the latent grid (R7)."""
@@ -119,6 +151,15 @@ class SdxlIp(Family):
         size = self.pipeline.image_encoder.config.image_size
         return tuple(self._project(clip_pixels(pixels.to(self.device), size)) for pixels in images)
 
+    @torch.no_grad()
+    def condition(self, prompts, references, regions=None) -> Conditioning:
+        """As every family; with masks, several references act in `regions` or, where there are none, in stripes."""
+        conditioning = super().condition(prompts, references)
+        if self.image_tokens != "masks" or len(references) < 2:
+            return conditioning
+        regions = stripes(len(references)).expand(len(prompts), -1, -1, -1) if regions is None else regions
+        return replace(conditioning, regions=regions.float().to(self.device))
+
     def _project(self, pixels: torch.Tensor) -> torch.Tensor:
         """Normalised pixels → image tokens: the last hidden layer but one of the image encoder, resampled."""
         encoder = self.pipeline.image_encoder
@@ -126,12 +167,13 @@ class SdxlIp(Family):
         return self.resampler(hidden.to(next(self.resampler.parameters()).dtype)).float()
 
     @torch.no_grad()
-    def unconditional(self, count: int, references: int) -> Conditioning:
+    def unconditional(self, conditioning: Conditioning) -> Conditioning:
         """The negative prompt with as many references, made of zero *pixels* (after normalisation), as published."""
+        count = len(conditioning)
         text, pooled = self.encode_prompts([self.negative_prompt] * count)
         size = self.pipeline.image_encoder.config.image_size
         zero = self._project(torch.zeros(1, 3, size, size, device=self.device)).expand(count, -1, -1)
-        return Conditioning(text, pooled, (zero,) * references)
+        return replace(conditioning, text=text, pooled=pooled, references=(zero,) * len(conditioning.references))
 
     # --- the diffusion -----------------------------------------------------------------------------------------------
 
@@ -161,7 +203,7 @@ class SdxlIp(Family):
         epsilon = self._epsilon(noised, self._steps(t), conditioning, taps)
         if guidance == 1.0:
             return epsilon
-        nothing = self.unconditional(len(noised), len(conditioning.references))
+        nothing = self.unconditional(conditioning)
         return _guided(epsilon, self._epsilon(noised, self._steps(t), nothing), guidance)
 
     def _epsilon(self, noised, steps, conditioning: Conditioning, taps=None) -> torch.Tensor:
@@ -171,6 +213,7 @@ class SdxlIp(Family):
         images = torch.stack(conditioning.references, 1).to(dtype)  # (B, S, 16, d)
         if self.image_tokens == "average":
             images = images.mean(1, keepdim=True)
+        masks = None if conditioning.regions is None else {"ip_adapter_masks": [conditioning.regions]}
         added = {
             "text_embeds": conditioning.pooled.to(dtype),
             "time_ids": sizes.expand(len(noised), -1),
@@ -182,17 +225,18 @@ class SdxlIp(Family):
                 steps,
                 encoder_hidden_states=conditioning.text.to(dtype),
                 added_cond_kwargs=added,
+                cross_attention_kwargs=masks,
                 return_dict=False,
             )[0].float()
 
     @contextmanager
     def _tapped(self, taps, size: Sequence[int], references: int):
         """Calls `taps` with queries and image keys of each cross-attention layer while the U-Net runs."""
-        handles = []
+        handles, tokens = [], self.resampler.latents.shape[1]
         for layer, attention in enumerate(self.attentions if taps is not None else ()):
             if self.image_tokens == "average" and references > 1:
                 raise ValueError("averaged image tokens cannot tell subjects apart: use image_tokens 'concatenate'")
-            handles += _image_attention_hooks(taps, layer, attention, tuple(size), references)
+            handles += _image_attention_hooks(taps, layer, attention, tuple(size), references, tokens)
         try:
             yield
         finally:
@@ -206,7 +250,7 @@ class SdxlIp(Family):
         """Noise (B, C, h, w) of unit variance → latents, by the pipeline's own scheduler."""
         scheduler = self.pipeline.scheduler
         scheduler.set_timesteps(steps, device=self.device)
-        nothing = self.unconditional(len(noise), len(conditioning.references)) if guidance != 1.0 else None
+        nothing = self.unconditional(conditioning) if guidance != 1.0 else None
         latents = noise * scheduler.init_noise_sigma
         for timestep in scheduler.timesteps:  # fractions of a step, with some schedulers: past `predict`'s whole ones
             seen = scheduler.scale_model_input(latents, timestep)
@@ -222,18 +266,20 @@ def _guided(conditional: torch.Tensor, unconditional: torch.Tensor, guidance: fl
     return unconditional + guidance * (conditional - unconditional)
 
 
-def _image_attention_hooks(taps, layer: int, attention: nn.Module, size: tuple[int, int], references: int):
+def _image_attention_hooks(taps, layer: int, attention: nn.Module, size: tuple[int, int], references: int, tokens: int):
     """Hooks on a cross-attention's queries and on the keys of its image tokens; its grid follows from its length."""
     kept = {}
 
     def query_hook(module, inputs, output):
-        kept["query"] = output
+        kept["query"], kept["keys"] = output, []
 
     def key_hook(module, inputs, output):
         queries = kept["query"]
         keys = output.flatten(1, 2) if output.ndim == 4 else output  # (B, S, 16, d) or (B, S · 16, d)
-        shrink = round((size[0] * size[1] / queries.shape[1]) ** 0.5)
-        taps(layer, queries, list(keys.chunk(references, 1)), (size[0] // shrink, size[1] // shrink))
+        kept["keys"] += keys.chunk(keys.shape[1] // tokens, 1)  # with masks, one reference a call
+        if len(kept["keys"]) == references:
+            shrink = round((size[0] * size[1] / queries.shape[1]) ** 0.5)
+            taps(layer, queries, kept["keys"], (size[0] // shrink, size[1] // shrink))
 
     return [
         attention.to_q.register_forward_hook(query_hook),

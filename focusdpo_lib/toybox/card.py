@@ -15,6 +15,7 @@ MEANING = {
     " (`drop_*`) says what it sees: the colours, and hardly class or pattern",
     "clip": "retrieval of held-out captions",
     "flux_uno": "samples of the validation benchmark, as the reader sees them: share of attributes right, leakage rate",
+    "sdxl_ip": "the same, of the U-Net with its IP-Adapter",
 }
 
 

@@ -3,6 +3,8 @@
 Saved with `save_pretrained`, they load through the same `from_pretrained` as the published models.
 """
 
+from copy import deepcopy
+
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -148,7 +150,7 @@ def build_sdxl(
     have no shift, so an autoencoder's own is dropped.
     """
     torch.manual_seed(seed)
-    vae = vae or build_autoencoder()
+    vae = deepcopy(vae or build_autoencoder())
     vae.register_to_config(shift_factor=None)
     tokenizer = build_clip_tokenizer()
     text = clip_text_config(tokenizer, text_dim)

@@ -1,8 +1,8 @@
 """The recipe that trains every toybox model from nothing: `make toybox-weights`.
 
 Stages, in order: the autoencoder; the encoders (reader, DINO, CLIP); the latents of a large sample of the training
-world; the UNO-style transformer on them; the model card. Each is resumable in the work folder; the products are folders
-that the ordinary loaders read.
+world; on them, the UNO-style transformer and the U-Net with its IP-Adapter; the model card. Each is resumable in the
+work folder; the products are folders that the ordinary loaders read.
 """
 
 import argparse
@@ -29,10 +29,12 @@ from focusdpo_lib.toybox.clip import measure_clip, save_clip, train_clip
 from focusdpo_lib.toybox.dino import measure_dino, save_dino, train_dino
 from focusdpo_lib.toybox.reader import Reader, measure_reader, save_reader, train_reader
 from focusdpo_lib.toybox.transformer import make_latents, train_flux
+from focusdpo_lib.toybox.unet import save_backbone, train_sdxl_ip
 
-STEPS = {"autoencoder": 2600, "reader": 2000, "dino": 2000, "clip": 3000, "flux_uno": 12000}
+STEPS = {"autoencoder": 2600, "reader": 2000, "dino": 2000, "clip": 3000, "flux_uno": 12000, "sdxl_ip": 7000}
 POOLS = {"autoencoder": 20_000, "reader": 30_000, "dino": 8_000, "clip": 30_000}  # images drawn once, trained on
 LATENTS = 120_000
+GUIDANCE = {"flux_uno": 1.0, "sdxl_ip": 2.0}  # of the samples that measure a generator
 SHARD = 5_000
 
 
@@ -69,7 +71,11 @@ def run(out: Path, work: Path, device: str = "cpu", seed: int = 0, scale: float 
     pipeline, curve = train_flux(vae, shards, work, steps["flux_uno"], seed=seed, device=device, **options)
     with atomic(out / "flux_uno") as partial:
         pipeline.to("cpu", torch.float16).save_pretrained(partial)  # half the size; loaders give float32 again
-    keep("flux_uno", curve, measure_generator(out / "flux_uno", reader, work, device=device))
+    keep("flux_uno", curve, measure_generator("flux_uno", out, reader, work, device=device))
+    backbone, curve = train_sdxl_ip(vae, shards, work, steps["sdxl_ip"], seed=seed, device=device, **options)
+    with atomic(out / "sdxl_ip") as partial:
+        save_backbone(backbone, partial)
+    keep("sdxl_ip", curve, measure_generator("sdxl_ip", out, reader, work, device=device))
     write_json(out / "card.json", {"seed": seed, "steps": steps, "numbers": numbers, "machine": provenance.facts()})
     write_json(out / "curves.json", curves)
     write_card(out)
@@ -77,19 +83,20 @@ def run(out: Path, work: Path, device: str = "cpu", seed: int = 0, scale: float 
 
 
 def measure_generator(
-    folder: Path, reader: Reader, work: Path, prompts: int = 8, device: str = "cpu"
+    family: str, out: Path, reader: Reader, work: Path, prompts: int = 8, device: str = "cpu"
 ) -> dict[str, float]:
     """How well samples follow references of validation identities, as the reader sees it.
 
     Attribute accuracy with one and with two subjects, over all attributes and each alone; with two, the leakage rate.
     """
-    model, numbers = backbones.load(params.Backbone(model=str(folder)), device), {}
+    model, numbers = backbones.load(params.Backbone(family=family, model=str(out / family)), device), {}
+    sampling = params.Generation(guidance=GUIDANCE[family])
     reader = reader.to(device).eval()
     for kind in KINDS:
         with TemporaryDirectory(dir=work) as scratch:
             benchmark = Benchmark.load(write_benchmark(Path(scratch) / "benchmark", 1, "validation"), kind)
             benchmark = benchmark.first_prompts(prompts)
-            images = generate(model, benchmark, Path(scratch), params.Generation())
+            images = generate(model, benchmark, Path(scratch), sampling)
             pixels = to_pixels(np.stack([np.asarray(Image.open(images / image_name(c, 0))) for c in benchmark.cases]))
         expected = [[benchmark.subjects[name].attributes for name in case.subjects] for case in benchmark.cases]
         found = reader.read(pixels.to(device))

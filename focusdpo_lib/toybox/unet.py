@@ -22,11 +22,16 @@ SINGLES = 900  # steps with one subject only, at the start
 UNCONDITIONAL = 0.1  # share of samples without prompt and reference, for guidance
 
 
-def new_backbone(vae: AutoencoderKL, seed: int = 0, device: str = "cpu", **sizes) -> SdxlIp:
-    """An untrained U-Net and IP-Adapter, through the loaders of the published ones; `sizes` go to `build_sdxl`."""
+def new_backbone(
+    vae: AutoencoderKL, seed: int = 0, device: str = "cpu", *, image_width: int = 128, hidden: int = 128, **sizes
+) -> SdxlIp:
+    """An untrained U-Net and IP-Adapter, through the loaders of the published ones.
+
+    `image_width` and `hidden` are the widths of image encoder and resampler; `sizes` go to `build_sdxl`.
+    """
     pipeline, settings = build_sdxl(vae, seed=seed, **sizes), Backbone()
     with TemporaryDirectory() as folder:
-        new_ip_adapter(Path(folder), pipeline.unet)
+        new_ip_adapter(Path(folder), pipeline.unet, hidden, width=image_width)
         path = Path(settings.ip_weights)
         pipeline.load_ip_adapter(
             folder, subfolder=str(path.parent), weight_name=path.name, image_encoder_folder=settings.ip_encoder
@@ -69,6 +74,7 @@ def train_sdxl_ip(
     name the five attributes train along with it. One subject only for the first `SINGLES` steps, then two in every
     third. Errors inside subjects weigh five times. Resumable in `folder`; `options` go to `fit`.
     """
+    offset = (vae.config.shift_factor or 0.0) * vae.config.scaling_factor  # the latents were made for FLUX
     backbone = new_backbone(vae, seed, device, **(sizes or {}))
     pipeline, encoder = backbone.pipeline, backbone.pipeline.image_encoder
     heads = nn.ModuleDict(
@@ -97,7 +103,7 @@ def train_sdxl_ip(
         draw = generator(seed, step)
         count = 2 if step >= SINGLES and step % 3 == 2 else 1
         at = 2 * torch.randint(len(captions) // 2, (batch,), generator=draw) + count - 1
-        clean = data["target"][at].float().to(device)
+        clean = data["target"][at].float().to(device) + offset
         noise = torch.randn(clean.shape, generator=draw).to(device)
         t = (1 - torch.rand(batch, generator=draw)).to(device)
         kept = torch.rand(batch, generator=draw) >= UNCONDITIONAL

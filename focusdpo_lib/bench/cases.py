@@ -1,0 +1,140 @@
+"""What is measured: which model, at which size, with how many references, checkpointed or not, its weights held how.
+
+The full sizes are those of FLUX.1-dev and SDXL at 512² pixels; the small ones have the same parts and run on a CPU.
+"""
+
+from dataclasses import dataclass, replace
+from itertools import product
+
+from focusdpo_lib import params
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A model's configuration in diffusers' words, and the shapes of one sample.
+
+    latents (C, h, w); text (tokens, width); pooled width; reference: the shape of each of 1 or 2 references; pairs:
+    how many a step takes (the paper takes one for each GPU; one does not fill a GPU with SDXL).
+    """
+
+    network: dict
+    latents: tuple[int, int, int]
+    text: tuple[int, int]
+    pooled: int
+    reference: dict[int, tuple[int, ...]]
+    pairs: int
+
+
+@dataclass(frozen=True)
+class Case:
+    model: str  # "toybox", "flux" or "sdxl"
+    size: str  # "shipped" for the toybox; "small" or "full" with random weights
+    references: int
+    checkpointing: bool
+    weights: str  # of the frozen base: "float32", "bfloat16", "int8" or "nf4"
+
+    @property
+    def name(self) -> str:
+        checkpointed = ("checkpointing",) if self.checkpointing else ()
+        return "-".join([self.model, self.size, f"{self.references}ref", *checkpointed, self.weights])
+
+    @property
+    def sizes(self) -> Sizes:
+        """Of a random model; the shipped one brings its own."""
+        return SIZES[self.model, self.size]
+
+    @property
+    def pairs(self) -> int:
+        """How many pairs a step takes, unless one says otherwise."""
+        return params.Training().batch_size if self.model == "toybox" else self.sizes.pairs
+
+
+FLUX = Sizes(
+    network={
+        "in_channels": 64,
+        "num_layers": 19,
+        "num_single_layers": 38,
+        "num_attention_heads": 24,
+        "attention_head_dim": 128,
+        "joint_attention_dim": 4096,
+        "pooled_projection_dim": 768,
+        "guidance_embeds": True,
+        "axes_dims_rope": (16, 56, 56),
+    },
+    latents=(16, 64, 64),
+    text=(512, 4096),
+    pooled=768,
+    reference={1: (16, 64, 64), 2: (16, 40, 40)},  # long side 512 pixels, or 320 for several
+    pairs=1,
+)
+SMALL_FLUX = {
+    "num_layers": 1,
+    "num_single_layers": 2,
+    "num_attention_heads": 4,
+    "attention_head_dim": 32,
+    "joint_attention_dim": 64,
+    "pooled_projection_dim": 64,
+    "axes_dims_rope": (8, 12, 12),
+}
+SDXL = Sizes(
+    network={
+        "in_channels": 4,
+        "out_channels": 4,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (320, 640, 1280),
+        "layers_per_block": 2,
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),  # diffusers means the number of heads
+        "cross_attention_dim": 2048,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+        "use_linear_projection": True,
+    },
+    latents=(4, 64, 64),
+    text=(77, 2048),
+    pooled=1280,
+    reference={1: (16, 2048), 2: (16, 2048)},  # IP-Adapter-Plus: 16 tokens, whatever the photo's size
+    pairs=4,
+)
+SMALL_SDXL = {
+    "block_out_channels": (64, 64, 64),
+    "layers_per_block": 1,
+    "transformer_layers_per_block": (1, 1, 1),
+    "attention_head_dim": (1, 2, 2),
+    "cross_attention_dim": 64,
+    "addition_time_embed_dim": 32,
+    "projection_class_embeddings_input_dim": 256,
+}
+SIZES = {
+    ("flux", "full"): FLUX,
+    ("flux", "small"): replace(
+        FLUX,
+        network=FLUX.network | SMALL_FLUX,
+        latents=(16, 16, 16),
+        text=(12, 64),
+        pooled=64,
+        reference={1: (16, 16, 16), 2: (16, 10, 10)},
+        pairs=1,
+    ),
+    ("sdxl", "full"): SDXL,
+    ("sdxl", "small"): replace(
+        SDXL,
+        network=SDXL.network | SMALL_SDXL,
+        latents=(4, 16, 16),
+        text=(12, 64),
+        pooled=64,
+        reference={1: (16, 64), 2: (16, 64)},
+        pairs=1,
+    ),
+}
+WEIGHTS = ("bfloat16", "nf4", "int8")
+ROUNDS = {"shipped": 9, "small": 3, "full": 5}  # small cases show that everything runs, full ones vary little
+
+
+def cases(size: str, quantized: bool = True) -> list[Case]:
+    """The toybox, then every case of `size`; the unquantized before the others, so that a run cut short has those."""
+    toybox = [Case("toybox", "shipped", count, False, "float32") for count in (1, 2)]
+    order = product(WEIGHTS if quantized else WEIGHTS[:1], ("flux", "sdxl"), (1, 2), (False, True))
+    return toybox + [Case(model, size, count, checkpointing, weights) for weights, model, count, checkpointing in order]

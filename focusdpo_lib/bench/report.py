@@ -1,0 +1,167 @@
+"""From the entries of a benchmark to its files: `results.json`, and `README.md` with goals, ratios and steps."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from focusdpo_lib.runs import write_json, write_text
+
+RESULTS, PAGE = "results.json", "README.md"
+UNITS = {"": 1, "GB": 1e9}
+
+
+class Goal(NamedTuple):
+    """A bound on a number of every measured case that `of` picks; the worst of them counts."""
+
+    text: str
+    of: Callable[[dict], bool]
+    number: Callable[[dict], float | None]
+    limit: float
+    at_least: bool
+    unit: str = ""
+
+    def verdict(self, entries: Iterable[dict]) -> tuple[str, str]:
+        """What was measured, and "met", "missed" or "unmeasured"."""
+        numbers = [self.number(e) for e in entries if e["status"] == "measured" and self.of(e["case"])]
+        numbers = [number / UNITS[self.unit] for number in numbers if number is not None]
+        if not numbers:
+            return "–", "unmeasured"
+        worst = min(numbers) if self.at_least else max(numbers)
+        met = worst >= self.limit if self.at_least else worst <= self.limit
+        cases = "1 case" if len(numbers) == 1 else f"the worst of {len(numbers)} cases"
+        return f"{worst:.3g} {self.unit}".strip() + f" ({cases})", "met" if met else "missed"
+
+
+def toybox(case: dict) -> bool:
+    return case["model"] == "toybox"
+
+
+def full(*models: str, weights: str | None = None) -> Callable[[dict], bool]:
+    return lambda case: (
+        case["size"] == "full" and case["model"] in models and (weights is None or case["weights"] == weights)
+    )
+
+
+def ratio(name: str) -> Callable[[dict], float | None]:
+    return lambda entry: entry["ratios"].get(name)
+
+
+def matrix_rate_fraction(entry: dict) -> float:
+    return entry["steps"]["focusdpo"]["fraction of matrix rate"]
+
+
+BOTH = ("flux", "sdxl")
+GOALS = [
+    Goal("FocusDPO's step / DPO's, toybox", toybox, ratio("focusdpo / dpo"), 1.10, False),
+    Goal("the masks' share of a step, toybox", toybox, ratio("share of the masks"), 0.05, False),
+    Goal("FocusDPO's step / DPO's, full size", full(*BOTH), ratio("focusdpo / dpo"), 1.03, False),
+    Goal("the plain reading's step / FocusDPO's, full size, bfloat16", full(*BOTH, weights="bfloat16"),
+         ratio("plain / focusdpo"), 1.3, True),
+    Goal("memory less than the plain reading, full FLUX, bfloat16", full("flux", weights="bfloat16"),
+         ratio("bytes saved"), 20, True, "GB"),
+    Goal("FocusDPO's fraction of the matrix rate, full FLUX, bfloat16", full("flux", weights="bfloat16"),
+         matrix_rate_fraction, 0.45, True),
+    Goal("FocusDPO's fraction of the matrix rate, full SDXL, bfloat16", full("sdxl", weights="bfloat16"),
+         matrix_rate_fraction, 0.45, True),
+]  # fmt: skip
+NOTES = """\
+Steps are forward and backward, without the optimizer. They take turns in one process on the same batch, so ratios hold
+where seconds drift. The plain reading computes FocusDPO's loss with a second copy of the weights as reference model,
+four separate forwards and one more for the masks. The floor of a preference step is six forwards of its winners through
+the base: two without gradient, two with, and two backwards through activations; SFT's is two. Operations are those of
+matrix products, convolutions and attention, and their fraction is of this device's rate in a square matrix product.
+Peak memory is torch's own account on a GPU; on a CPU it is the weights' bytes and the peak of what a step allocates.
+Small sizes have the parts of the full ones and show that everything runs; their numbers tell nothing about a GPU.
+"""
+UNMEASURED = """\
+**Nothing of full size, and nothing quantized, has been measured here**: both need a GPU; `make bench` measures them
+there.
+"""
+
+
+def read_results(folder: Path) -> dict[str, dict]:
+    """The entries of earlier runs, by case; none if there were none."""
+    path = Path(folder) / RESULTS
+    return json.loads(path.read_text(encoding="utf-8"))["cases"] if path.exists() else {}
+
+
+def write_results(folder: Path, entries: dict[str, dict]) -> None:
+    write_json(Path(folder) / RESULTS, {"cases": entries})
+    write_text(Path(folder) / PAGE, page(entries))
+
+
+def page(entries: dict[str, dict]) -> str:
+    """All entries as Markdown."""
+    measured = {name: entry for name, entry in entries.items() if entry["status"] == "measured"}
+    other = {name: entry["status"] for name, entry in entries.items() if entry["status"] != "measured"}
+    devices, commits, versions = (", ".join(_each(entries, what)) for what in (_device, _commit, _torch))
+    parts = [
+        f"# What a step costs: {devices}",
+        f"Commit {commits}, torch {versions}; written by `make bench`.",
+        NOTES,
+        "## Goals",
+        goals_table(entries),
+        "## Ratios",
+        ratios_table(measured),
+        "## Steps",
+        steps_table(measured),
+    ]
+    if not any(entry["case"]["size"] == "full" for entry in measured.values()):
+        parts.insert(3, UNMEASURED)
+    if other:
+        parts += ["## Not measured", table(["case", "why"], [[name, why] for name, why in other.items()])]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def goals_table(entries: dict[str, dict]) -> str:
+    rows = []
+    for goal in GOALS:
+        limit = f"{'≥' if goal.at_least else '≤'} {goal.limit:g} {goal.unit}".strip()
+        rows.append([goal.text, limit, *goal.verdict(entries.values())])
+    return table(["goal", "limit", "measured", ""], rows)
+
+
+def ratios_table(entries: dict[str, dict]) -> str:
+    rows = []
+    for name, entry in entries.items():
+        found = entry["ratios"]
+        plain = [f"{found['plain / focusdpo']:.2f}", f"{found['bytes saved'] / 1e9:.3g}"]
+        if "plain / focusdpo" not in found:
+            plain = ["the plain reading does not fit"] * 2
+        rows.append([name, f"{found['focusdpo / dpo']:.3f}", f"{found['share of the masks']:.1%}", *plain])
+    return table(["case", "FocusDPO / DPO", "masks' share", "plain / FocusDPO", "GB less than plain"], rows)
+
+
+def steps_table(entries: dict[str, dict]) -> str:
+    rows = [
+        [name, step, f"{1000 * cost['seconds']:.4g}", f"{cost['pairs_per_second']:.3g}",
+         f"{cost['peak_bytes'] / 1e9:.3g}", f"{cost['operations'] / 1e12:.3g}", f"{cost['operations / floor']:.3f}",
+         f"{cost['fraction of matrix rate']:.1%}"]
+        for name, entry in entries.items() for step, cost in entry["steps"].items() if "seconds" in cost
+    ]  # fmt: skip
+    header = ["case", "step", "ms", "pairs/s", "peak GB", "10¹² operations", "of the floor", "of the matrix rate"]
+    return table(header, rows)
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _each(entries: dict[str, dict], what: Callable[[dict], str]) -> list[str]:
+    """Every value once, in order."""
+    return list(dict.fromkeys(what(entry["machine"]) for entry in entries.values()))
+
+
+def _device(machine: dict) -> str:
+    return machine["device"]
+
+
+def _commit(machine: dict) -> str:
+    return machine["git"]["commit"][:12] if machine["git"] else "unknown"
+
+
+def _torch(machine: dict) -> str:
+    return machine["packages"]["torch"]

@@ -1,0 +1,128 @@
+"""One training over several processes, GPUs and machines: `accelerate launch` in a child process.
+
+Notebook 03 starts it when `training.processes` is set: a GPU must not be touched before processes fork, and a kernel
+that holds memory would starve its children, so nothing is trained in the notebook's own process then. With more
+machines than one, all of them see the run's folder, the notebook runs on the first, and on each of the others
+
+    python -m focusdpo_lib.launch results/paper/training/RUN --pairs results/paper/prepared/HASH --processes 16 \\
+        --machines 2 --machine-rank 1 --main-address HOST --main-port 29500
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, gather_object
+
+from focusdpo_lib import backbones, params, provenance, runs
+from focusdpo_lib.memory import MemoryAdvice
+from focusdpo_lib.pairs import load
+from focusdpo_lib.training import TrainingError, train
+
+FACTS = "processes.json"  # the device and peak memory of every process
+LOG = "launch.log"  # what the processes write to stderr; kept when they fail
+ERROR = "error: "
+
+
+def command(folder: Path, prepared: Path, processes: int, launch: params.Launch, machine_rank: int = 0) -> list[str]:
+    """The command line for a training run; `processes` counts those of all machines."""
+    options = {
+        "num_processes": processes,
+        "num_machines": launch.machines,
+        "machine_rank": machine_rank,
+        "main_process_ip": launch.main_address,
+        "main_process_port": launch.main_port,
+        "mixed_precision": "no",  # the backbone has its own autocast: one process and several compute the same
+        "dynamo_backend": "no",
+    }
+    words = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    words += ["--multi_gpu"] if processes > 1 else []  # torchrun, also where there are only CPUs
+    module = ["--module", "focusdpo_lib.launch", str(folder), "--pairs", str(prepared), "--worker"]
+    return [sys.executable, "-m", "accelerate.commands.launch", *words, *module]
+
+
+def run(words: Sequence[str], folder: Path) -> None:
+    """Runs a `command` whose output is shown as it comes. Raises TrainingError with what a failed process said.
+
+    An interrupt ends the processes too; the run then goes on from its checkpoint, as after any kill.
+    """
+    log = Path(folder) / LOG
+    threads = os.environ.get("OMP_NUM_THREADS", "1")  # as accelerate chooses, but without saying so
+    with open(log, "wb") as errors:
+        child = subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=errors, start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"},
+        )  # fmt: skip
+        try:
+            while shown := child.stdout.read1(4096):
+                print(shown.decode(errors="replace"), end="", flush=True)
+            code = child.wait()
+        except BaseException:
+            os.killpg(child.pid, signal.SIGTERM)
+            child.wait()
+            raise
+    if code:
+        raise TrainingError(_what_failed(log, code))
+    log.unlink()
+
+
+def _what_failed(log: Path, code: int) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    said = next((line.removeprefix(ERROR) for line in lines if line.startswith(ERROR)), None)
+    if said is None and any("SIGKILL" in line or "exitcode: -9" in line for line in lines):
+        said = f"a process was killed, most often for want of main memory; it goes on from its checkpoint (see {log})"
+    return said or f"a process ended with exit code {code}; {log} says why"
+
+
+def work(folder: Path, prepared: Path) -> None:
+    """One process of a training run: its settings come from the run's params.yaml."""
+    values = yaml.safe_load((folder / runs.PARAMS).read_text(encoding="utf-8"))
+    names = ("backbone", "objective", "masks", "training")
+    use = {name: params.section(name, values[name], str(folder / runs.PARAMS)) for name in names}
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+    )
+    backbone = use.pop("backbone")
+    with MemoryAdvice(backbone, use["training"]):
+        model = backbones.load(backbone, accelerator.device, parts="network")
+        train(model, load(prepared), folder, **use, accelerator=accelerator)
+    facts = gather_object([provenance.device() | {"peak_memory_bytes": provenance.peak_memory()}])
+    if accelerator.is_main_process:
+        runs.write_json(folder / FACTS, facts)
+    accelerator.end_training()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m focusdpo_lib.launch", description=__doc__.split("\n\n")[0])
+    parser.add_argument("folder", type=Path, help="the training run, begun by notebook 03")
+    parser.add_argument("--pairs", type=Path, required=True, help="its prepared pairs")
+    parser.add_argument("--processes", type=int, default=1, help="of all machines")
+    parser.add_argument("--machines", type=int, default=1)
+    parser.add_argument("--machine-rank", type=int, default=0)
+    parser.add_argument("--main-address")
+    parser.add_argument("--main-port", type=int, default=0)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    try:
+        if given.worker:
+            work(given.folder, given.pairs)
+        else:
+            launch = params.Launch(machines=given.machines, main_address=given.main_address, main_port=given.main_port)
+            run(command(given.folder, given.pairs, given.processes, launch, given.machine_rank), given.folder)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"{ERROR}{' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

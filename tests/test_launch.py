@@ -1,0 +1,99 @@
+"""Training in child processes: the same weights, errors that come back as one sentence, nothing left running."""
+
+import os
+import signal
+import subprocess
+import threading
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_training import TRAINING
+
+from focusdpo_lib import launch, params, stages
+from focusdpo_lib.checkpoints import CHECKPOINT, held
+from focusdpo_lib.runs import RunError, is_complete
+from focusdpo_lib.training import ADAPTER, TrainingError
+
+WEIGHTS = f"{ADAPTER}/pytorch_lora_weights.safetensors"
+DIP = params.Dip(train_pairs=16, validation_pairs=1)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return tmp_path_factory.mktemp("results")
+
+
+def train(results, model, name, **changes):
+    return stages.train_adapter(
+        results,
+        name,
+        stages.build_pairs(results, "main", DIP),
+        params.Backbone(model=str(model), precision="float32"),
+        params.Objective(),
+        params.Masks(),
+        params.section("training", TRAINING | {"steps": 4, "checkpoint_every": 2} | changes),
+    )
+
+
+def test_two_launched_processes_give_the_weights_of_one_that_accumulates(results, tiny_flux, capfd):
+    folder = train(results, tiny_flux, "two", processes=2)
+    shown, errors = capfd.readouterr()
+    assert "4/4" in shown and not errors.strip()
+    assert is_complete(folder)
+    one = train(results, tiny_flux, "one", gradient_accumulation=2)
+    ours, theirs = load_file(folder / WEIGHTS), load_file(one / WEIGHTS)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.allclose(value, theirs[name], atol=1e-6) for name, value in ours.items())
+    assert (folder / "steps.csv").read_bytes() == (one / "steps.csv").read_bytes()
+    made = launch.runs._read_json(folder / "provenance.json")
+    assert len(made["processes"]) == 2 and all(p["peak_memory_bytes"] > 0 for p in made["processes"])
+    assert len(list((results / "prepared").iterdir())) == 1, "both trainings share what was prepared"
+
+
+def test_what_a_process_said_comes_back_as_one_sentence(results, tiny_flux):
+    with pytest.raises(TrainingError, match="a step takes 32 pairs, but only") as caught:
+        train(results, tiny_flux, "too-large", processes=1, batch_size=32)
+    assert "\n" not in str(caught.value)
+    assert not is_complete(results / "training" / "too-large")
+
+
+def test_a_process_that_was_killed_leaves_a_run_that_goes_on(results, tiny_flux):
+    folder, said = results / "training" / "killed", []
+
+    def run():
+        try:
+            train(results, tiny_flux, "killed", processes=1, steps=4000, checkpoint_every=1)
+        except TrainingError as error:
+            said.append(str(error))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    deadline = time.monotonic() + 200
+    while not (folder / CHECKPOINT).exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    found = subprocess.run(["pgrep", "-f", f"focusdpo_lib.launch {folder}"], capture_output=True, text=True)
+    os.kill(int(found.stdout.split()[-1]), signal.SIGKILL)  # the youngest: the process that trains
+    thread.join(60)
+    assert not thread.is_alive()
+    assert said and str(folder / launch.LOG) in said[0]
+    assert (folder / CHECKPOINT).exists() and not is_complete(folder)
+
+
+def test_a_folder_is_trained_by_one_process_at_a_time(tmp_path):
+    with held(tmp_path), pytest.raises(RunError, match="another process is training"), held(tmp_path):
+        pass
+    with held(tmp_path):
+        pass
+
+
+def test_the_command_line_says_processes_machines_and_where_they_meet(tmp_path):
+    several = params.Launch(machines=2, main_address="node0", main_port=29500)
+    words = launch.command(tmp_path, tmp_path / "prepared", 16, several, machine_rank=1)
+    assert words[1:3] == ["-m", "accelerate.commands.launch"]
+    expected = {"--num_processes=16", "--num_machines=2", "--machine_rank=1", "--main_process_ip=node0"}
+    assert expected | {"--main_process_port=29500", "--multi_gpu"} <= set(words)
+    alone = launch.command(tmp_path, tmp_path / "prepared", 1, params.Launch())
+    assert "--multi_gpu" not in alone and "--main_process_port=0" in alone
+    assert not any("None" in word for word in alone)
