@@ -266,7 +266,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m focusdpo_lib.reproduce", description=__doc__.splitlines()[0])
     parser.add_argument("--profile", default="toybox", help="a folder of params/")
     parser.add_argument("--seeds", type=int, default=1, help="training seeds of every objective")
-    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="train and show these")
+    of = {"nargs": "+", "choices": FAMILIES, "default": list(FAMILIES)}
+    parser.add_argument("--families", **of, help="train and show these alone; Table 2 has UNO's rows only")
     parser.add_argument("--params", type=Path, default=Path("params"))
     parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("--notebooks", type=Path, default=Path("notebooks"))

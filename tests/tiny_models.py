@@ -21,9 +21,7 @@ def write_tiny_models(out: Path, seed: int = 0) -> Path:
         "flux_uno": lambda folder: build_flux(
             build_autoencoder((8, 16, 16)), heads=2, head_dim=16, double_blocks=1, single_blocks=1, text_dim=16
         ).save_pretrained(folder),
-        "sdxl_ip": lambda folder: save_backbone(
-            new_backbone(build_autoencoder((8, 16, 16)), channels=(32, 64), blocks=1, text_dim=16), folder
-        ),
+        "sdxl_ip": write_tiny_sdxl_ip,
         "dino": lambda folder: save_dino(build_dino(width=32, layers=1), folder),
         "clip": lambda folder: save_clip(build_clip(width=8), folder),
         "reader": lambda folder: save_reader(Reader(width=16), folder),
