@@ -10,13 +10,15 @@ import pytest
 import torch
 from conftest import build_tiny_flux
 from safetensors.torch import load_file, save_file
-from test_both_families import policy, run, settings
+from test_both_families import FAMILIES, policy, run, settings
 
 from focusdpo_lib import adapter_card, backbones, memory, params
 from focusdpo_lib.backbones import BackboneError
 from focusdpo_lib.memory import MemoryAdvice, MemoryShortageError, advice
 from focusdpo_lib.pairs import prepare
 from focusdpo_lib.params import ParameterError
+from focusdpo_lib.toybox.pipelines import build_autoencoder
+from focusdpo_lib.toybox.unet import new_backbone, save_backbone
 from focusdpo_lib.training import ADAPTER, TrainingError, new_optimizer
 
 
@@ -161,18 +163,23 @@ def bitsandbytes_on_cpu(monkeypatch):
         monkeypatch.setattr(quantizer, "update_device_map", lambda self, device_map: device_map or {"": "cpu"})
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("weights", "stored"), [("int8", torch.int8), ("nf4", torch.uint8)])
-def test_a_quantized_base_trains_float32_adapters(weights, stored, bitsandbytes_on_cpu, pairs, tmp_path):
-    build_tiny_flux(head_dim=32, text_dim=64).save_pretrained(tmp_path / "model")
-    use = settings("flux_uno", tmp_path / "model", weights=weights, precision="bfloat16")
+def test_a_quantized_base_trains_float32_adapters(family, weights, stored, bitsandbytes_on_cpu, pairs, tmp_path):
+    if family == "flux_uno":
+        build_tiny_flux(head_dim=32, text_dim=64).save_pretrained(tmp_path / "model")
+    else:
+        sizes = {"image_width": 32, "hidden": 64, "channels": (64, 128), "blocks": 1, "text_dim": 32}
+        save_backbone(new_backbone(build_autoencoder((8, 8, 8)), **sizes), tmp_path / "model", torch.float32)
+    use = settings(family, tmp_path / "model", weights=weights, precision="bfloat16")
     data = {1: prepare(backbones.load(use, parts="encoders"), pairs, params.Masks())[1]}
     model = backbones.load(use, parts="network")
-    layers = [m for n, m in model.network.named_modules() if n.endswith("attn.to_q")]
+    layers = [m for n, m in model.network.named_modules() if n.endswith(".to_q")]
     assert layers and all(m.weight.dtype == stored for m in layers)
     run(model, data, tmp_path / "run", "focusdpo", learning_rate=1e-5)
     assert {p.dtype for p in model.adapter_parameters()} == {torch.float32}
     assert any(value.abs().max() > 0 for name, value in policy(model).items() if "lora_B" in name)
-    assert all(m.base_layer.weight.dtype == stored for n, m in model.network.named_modules() if n.endswith("attn.to_q"))
+    assert all(m.base_layer.weight.dtype == stored for n, m in model.network.named_modules() if n.endswith(".to_q"))
 
 
 def test_adamw_in_eight_bits_keeps_its_state_there(prepared, tiny_flux, tmp_path):

@@ -7,7 +7,7 @@ subject's region alone ("masks", the pipeline's `ip_adapter_masks`).
 """
 
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from focusdpo_lib.backbones.conditioning import Conditioning
-from focusdpo_lib.backbones.family import TEXT_PARTS, Family, chosen_precision, loading
+from focusdpo_lib.backbones.family import QUANTIZED, TEXT_PARTS, Family, chosen_precision, loading
 
 # R17: every attention's q, k, v and output, and IP-Adapter's own keys and values.
 LORA_TARGETS = r".*\.attn[12]\.(to_[qkv]|to_out\.0|processor\.to_[kv]_ip\.\d+)"
@@ -98,13 +98,14 @@ class SdxlIp(Family):
             model, revision=revision, use_safetensors=True, **left_out, **loading(cls.part, weights)
         )
         path = Path(ip_weights)  # load_ip_adapter casts the pipeline: before any float32 LoRA weights
-        pipeline.load_ip_adapter(
-            ip_adapter,
-            subfolder=str(path.parent),
-            weight_name=path.name,
-            image_encoder_folder=ip_encoder if encoders else None,
-            revision=ip_revision,
-        )
+        with _uncast(pipeline.unet) if weights in QUANTIZED else nullcontext():
+            pipeline.load_ip_adapter(
+                ip_adapter,
+                subfolder=str(path.parent),
+                weight_name=path.name,
+                image_encoder_folder=ip_encoder if encoders else None,
+                revision=ip_revision,
+            )
         pipeline.vae.float()
         (pipeline if encoders else pipeline.unet).to(device)
         return cls(pipeline, weights=weights, **settings)
@@ -259,6 +260,16 @@ class SdxlIp(Family):
                 epsilon = _guided(epsilon, self._epsilon(seen, timestep, nothing), guidance)
             latents = scheduler.step(epsilon, timestep, latents, return_dict=False)[0]
         return latents
+
+
+@contextmanager
+def _uncast(unet: nn.Module):
+    """load_ip_adapter ends by casting the U-Net to the dtype that it has, which a quantized one refuses."""
+    unet.to = lambda *words, **settings: unet
+    try:
+        yield
+    finally:
+        del unet.to
 
 
 def _guided(conditional: torch.Tensor, unconditional: torch.Tensor, guidance: float) -> torch.Tensor:
