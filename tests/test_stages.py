@@ -114,3 +114,19 @@ def test_images_come_from_the_base_or_a_complete_training_and_are_made_once(resu
     assert times(results) == before
     with pytest.raises(RunError, match="is not complete: run notebook 03 with it first"):
         stages.generate_images(results, "none", benchmark, model, settings, results / "training" / "missing")
+
+
+def test_prepared_pairs_are_shared_by_what_they_are(results, tiny_flux, pairs_run):
+    """The same pairs, backbone and entropy give one folder; any other gives another; a second call computes nothing."""
+    model = params.Backbone(model=str(tiny_flux))
+    folder = stages.prepare_pairs(results, pairs_run, model, params.Masks())
+    before = times(folder)
+    assert stages.prepare_pairs(results, pairs_run, model, params.Masks(tau=0.2, layers="all")) == folder
+    assert times(folder) == before
+    others = [
+        stages.prepare_pairs(results, pairs_run, model, params.Masks(entropy_bins=16)),
+        stages.prepare_pairs(results, pairs_run, model.model_copy(update={"precision": "float32"}), params.Masks()),
+        stages.prepare_pairs(results, stages.build_pairs(results, "other", DIP.model_copy(update={"seed": 1})), model,
+                             params.Masks()),
+    ]  # fmt: skip
+    assert len({folder, *others}) == 4
