@@ -6,10 +6,18 @@ import pytest
 import torch
 from conftest import build_tiny_flux
 from diffusers import FluxPipeline
+from safetensors.torch import load_file
+from tiny_sdxl import WEIGHTS, load_tiny_sdxl, write_tiny_sdxl
 
+from focusdpo_lib import backbones, params
+from focusdpo_lib.backbones import SdxlIp
 from focusdpo_lib.toybox import world
+from focusdpo_lib.toybox.batches import to_pixels
+from focusdpo_lib.toybox.ip_adapter import image_matrices, save_ip_adapter
 from focusdpo_lib.toybox.pipelines import TEXT_LENGTH, build_autoencoder, build_flux, vocabulary
 from focusdpo_lib.toybox.settings import SETTINGS
+from focusdpo_lib.toybox.transformer import make_latents, training_sample
+from focusdpo_lib.toybox.unet import new_backbone, save_backbone, train_sdxl_ip
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +97,55 @@ def test_rotary_channels_fill_every_head_in_even_parts(head_dim):
     axes = pipeline.transformer.config.axes_dims_rope
     assert sum(axes) == head_dim
     assert all(axis > 0 and axis % 2 == 0 for axis in axes)
+
+
+# --- The U-Net with its IP-Adapter ---
+
+
+def test_an_ip_adapter_is_written_as_it_was_published(tmp_path):
+    """Of a file in the published layout, written by hand and loaded by diffusers, the toybox writes the same again."""
+    folder = write_tiny_sdxl(tmp_path)
+    backbone = load_tiny_sdxl(folder)
+    encoder = backbone.pipeline.image_encoder
+    save_ip_adapter(tmp_path / "again", backbone.resampler, image_matrices(backbone.unet), encoder)
+    first, second = (load_file(tmp_path / name / WEIGHTS) for name in ("ip", "again"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@torch.no_grad()
+def test_a_trained_backbone_comes_back_from_its_folder(tmp_path):
+    backbone = new_backbone(build_autoencoder((8, 8, 8)), image_width=32, hidden=64, channels=(16, 32), head_dim=16)
+    backbone.precision = torch.float32
+    inputs = torch.randn(2, 8, 16, 16), torch.tensor([0.3, 0.9])
+    photos = [torch.rand(2, 3, 32, 32) * 2 - 1]
+    expected = backbone.predict(*inputs, backbone.condition(["a mug on a beach"] * 2, photos))
+    save_backbone(backbone, tmp_path / "sdxl_ip", torch.float32)
+    use = params.Backbone(family="sdxl_ip", model=str(tmp_path / "sdxl_ip"), precision="float32")
+    again = backbones.load(use)
+    assert torch.equal(again.predict(*inputs, again.condition(["a mug on a beach"] * 2, photos)), expected)
+
+
+def test_latents_made_for_flux_are_shifted_to_what_sdxl_s_pipeline_decodes(tmp_path):
+    """FLUX subtracts its autoencoder's shift from a latent, SDXL has none."""
+    vae = build_autoencoder((8, 8, 8))
+    vae.register_to_config(shift_factor=0.25, scaling_factor=2.0)
+    make_latents(vae, tmp_path / "latents.safetensors", 0, 4, batch=4)
+    seen = []
+
+    def watched(self, latents, noise, t):
+        seen.append(latents)
+        return original(self, latents, noise, t)
+
+    original = SdxlIp.noised
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SdxlIp, "noised", watched)
+        sizes = {"image_width": 32, "hidden": 64, "channels": (16, 32), "head_dim": 16, "text_dim": 16}
+        backbone, _ = train_sdxl_ip(vae, [tmp_path / "latents.safetensors"], tmp_path, 1, 2, sizes=sizes)
+    assert vae.config.shift_factor == 0.25, "the FLUX pipeline shares it"
+    known = load_file(tmp_path / "latents.safetensors")["target"].float() + 0.5
+    assert all(any(torch.equal(row, one) for one in known) for row in seen[0])
+    scene, photos = training_sample(0, 0)
+    pixels = to_pixels(world.render(scene)[0][None])
+    assert torch.allclose(backbone.encode_images(pixels)[0], known[0], atol=0.1)  # one of them was made in bfloat16
+    assert len(photos) == 1 and photos[0].shape == (32, 32, 3)

@@ -3,51 +3,25 @@
 from pathlib import Path
 
 import torch
-from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
 )
 
 from focusdpo_lib.backbones.sdxl_ip import SdxlIp
-from focusdpo_lib.toybox.pipelines import TEXT_LENGTH, build_autoencoder, build_clip_tokenizer
+from focusdpo_lib.toybox.pipelines import build_autoencoder, build_sdxl
 
 TEXT, IMAGE, TOKENS = 16, 24, 16
 WEIGHTS = "sdxl_models/ip-adapter-plus_sdxl_vit-h.safetensors"
 
 
 def build_tiny_sdxl(**changes) -> StableDiffusionXLPipeline:
-    """Stride 4, 64×64 pixels are 16×16 latents; cross-attention at 8×8 and, once more, at 16×16."""
-    torch.manual_seed(0)
-    tokenizer = build_clip_tokenizer()
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=TEXT, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=TEXT_LENGTH, projection_dim=TEXT, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    unet = UNet2DConditionModel(
-        sample_size=16, in_channels=8, out_channels=8, block_out_channels=(16, 32), layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 1), attention_head_dim=(2, 4), use_linear_projection=True,
-        cross_attention_dim=2 * TEXT, addition_embed_type="text_time", addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=TEXT + 6 * 8, norm_num_groups=8,
-    )  # fmt: skip
+    """Stride 4: 64×64 pixels are 16×16 latents, with cross-attention at 8×8."""
     vae = build_autoencoder((8, 8, 8))
-    vae.register_to_config(scaling_factor=0.5, shift_factor=None)
-    parts = {
-        "vae": vae,
-        "text_encoder": CLIPTextModel(text),
-        "text_encoder_2": CLIPTextModelWithProjection(text),
-        "tokenizer": tokenizer,
-        "tokenizer_2": tokenizer,
-        "unet": unet,
-        "scheduler": EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
-    }
-    return StableDiffusionXLPipeline(**parts | changes, add_watermarker=False)
+    vae.register_to_config(scaling_factor=0.5)
+    return build_sdxl(vae, channels=(16, 32), head_dim=8, blocks=1, text_dim=TEXT, **changes)
 
 
 def write_tiny_ip_adapter(folder: Path, unet: UNet2DConditionModel, depth: int = 4) -> None:
