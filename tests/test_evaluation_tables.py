@@ -312,3 +312,4 @@ def test_a_difference_shows_as_many_digits_as_it_takes_to_see_that_it_is_not_zer
     assert tables._signed(statistics.Estimate(0.0123, 0.008, 0.0166)) == "+0.012 [+0.008, +0.017]"
     assert tables._signed(statistics.Estimate(-0.0012, -0.0021, -0.0003)) == "-0.0012 [-0.0021, -0.0003]"
     assert tables._signed(statistics.Estimate(0.0001, 0.00004, 0.0002)) == "+0.00010 [+0.00004, +0.00020]"
+    assert tables._signed(statistics.Estimate(-3e-6, -8e-6, -1e-6)) == "-3e-06 [-8e-06, -1e-06]"

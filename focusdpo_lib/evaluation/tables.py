@@ -106,8 +106,8 @@ def differences(result: pd.DataFrame) -> pd.DataFrame:
 
 def _signed(estimate: statistics.Estimate) -> str:
     """ "+0.012 [+0.008, +0.016]", with as many digits as it takes to see that the interval is free of 0."""
-    digits = next((d for d in (3, 4) if all(round(value, d) for value in estimate)), 5)
-    value, low, high = (f"{number:+.{digits}f}" for number in estimate)
+    form = next((f"+.{d}f" for d in (3, 4, 5) if all(round(value, d) for value in estimate)), "+.0e")
+    value, low, high = (format(number, form) for number in estimate)
     return f"{value} [{low}, {high}]"
 
 
