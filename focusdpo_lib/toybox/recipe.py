@@ -34,7 +34,7 @@ from focusdpo_lib.toybox.unet import save_backbone, train_sdxl_ip
 STEPS = {"autoencoder": 2600, "reader": 2000, "dino": 2000, "clip": 3000, "flux_uno": 12000, "sdxl_ip": 7000}
 POOLS = {"autoencoder": 20_000, "reader": 30_000, "dino": 8_000, "clip": 30_000}  # images drawn once, trained on
 LATENTS = 120_000
-GUIDANCE = {"flux_uno": 1.0, "sdxl_ip": 2.0}  # of the samples that measure a generator
+GUIDANCE = {"flux_uno": 1.0, "sdxl_ip": 3.0}  # of the samples that measure a generator
 SHARD = 5_000
 
 
