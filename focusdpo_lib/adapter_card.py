@@ -14,16 +14,17 @@ LOADING = {
     "flux_uno": """import torch
 from diffusers import FluxPipeline
 
-pipeline = FluxPipeline.from_pretrained({model!r}, torch_dtype=torch.bfloat16)
+pipeline = FluxPipeline.from_pretrained({model!r}, {revision}torch_dtype=torch.bfloat16)
 {subject}pipeline.load_lora_weights("this/folder", adapter_name="policy")
 {both}# A plain FluxPipeline takes no reference images: focusdpo_lib.backbones.FluxUno(pipeline) does.
 """,
     "sdxl_ip": """import torch
 from diffusers import StableDiffusionXLPipeline
 
-pipeline = StableDiffusionXLPipeline.from_pretrained({model!r}, torch_dtype=torch.float16)
+pipeline = StableDiffusionXLPipeline.from_pretrained({model!r}, {revision}torch_dtype=torch.float16)
 pipeline.load_ip_adapter({ip_adapter!r}, subfolder={subfolder!r}, weight_name={weight_name!r},
-                         image_encoder_folder={ip_encoder!r})
+                         {ip_revision}image_encoder_folder={ip_encoder!r})
+pipeline.set_ip_adapter_scale({scale})
 pipeline.load_lora_weights("this/folder", adapter_name="policy")
 """,
 }
@@ -80,8 +81,9 @@ def write(
     objective: params.Objective,
     masks: params.Masks,
     training: params.Training,
+    device: str,
 ) -> None:
-    """Writes README.md into an adapter's folder, from the settings and the log of its training `run`."""
+    """Writes README.md into an adapter's folder, from the settings and log of its training `run` and its `device`."""
     log = pd.read_csv(run / LOG)
     family, model = backbones.FAMILIES[backbone.family], _name(backbone.model)
     made = provenance.facts()
@@ -101,7 +103,7 @@ def write(
         settings="\n".join(f"| {name} | {value} |" for name, value in shown.items()),
         result=_result(log),
         versions=", ".join(f"{name} {made['packages'][name]}" for name in ("torch", "diffusers", "peft")),
-        device=made["device"],
+        device=device,
         commit=f", commit {made['git']['commit'][:12]}" if made["git"] else "",
     )
     write_text(folder / "README.md", text)
@@ -118,6 +120,9 @@ def _loading(backbone: params.Backbone, model: str) -> str:
     subject = backbone.subject_lora and _name(backbone.subject_lora)
     return LOADING[backbone.family].format(
         model=model,
+        revision=f"revision={backbone.revision!r}, " if backbone.revision else "",
+        ip_revision=f"revision={backbone.ip_revision!r}, " if backbone.ip_revision else "",
+        scale=backbone.ip_scale,
         subject=f'pipeline.load_lora_weights({subject!r}, adapter_name="subject")\n' if subject else "",
         both='pipeline.set_adapters(["subject", "policy"])\n' if subject else "",
         ip_adapter=_name(backbone.ip_adapter or f"{model}/ip_adapter"),

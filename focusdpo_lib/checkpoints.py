@@ -29,7 +29,6 @@ def held(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise RunError(f"another process is training in {folder}: wait for it, or end it") from None
         yield
-    (folder / LOCK).unlink(missing_ok=True)
 
 
 def save_checkpoint(folder: Path, step: int, weights: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:

@@ -3,6 +3,7 @@
 adapters (training runs) → images (generation runs) → scores → `evaluation.tables`
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -197,10 +198,11 @@ def errors_by_region(
     sums = {}
     for count, pairs in data.items():
         inside = to_grid(pairs.prior_tokens.amax(1), pairs.token_grid, pairs.win.shape[-2:])
+        batch = max(1, 2**13 // math.prod(pairs.win.shape[-2:]))  # 32 of the toybox's latents, 2 of 64×64
         noise = torch.randn(pairs.win.shape, generator=torch.Generator().manual_seed(seed + count))
         regions = {"subjects": inside, "background": 1 - inside}
         for (image, clean), t in product((("winner", pairs.win), ("loser", pairs.lose)), times):
-            for rows in torch.arange(len(pairs)).split(32):
+            for rows in torch.arange(len(pairs)).split(batch):
                 x, e, at = clean[rows], noise[rows], torch.full((len(rows),), t)
                 x, e, at = (value.to(backbone.device) for value in (x, e, at))
                 arguments = backbone.noised(x, e, at), at, pairs.conditioning[rows].to(backbone.device)

@@ -9,6 +9,7 @@ machines than one, all of them see the run's folder, the notebook runs on the fi
 """
 
 import argparse
+import codecs
 import os
 import signal
 import subprocess
@@ -28,13 +29,31 @@ from focusdpo_lib.pairs import load
 from focusdpo_lib.training import TrainingError, train
 
 FACTS = "processes.json"  # the device and peak memory of every process
-LOG = "launch.log"  # what the processes write to stderr; kept when they fail
+LOG = "launch-{}.log"  # what the processes of a machine write to stderr; kept when they fail
 ERROR = "error: "
+CONFIG = "accelerate.yaml"  # in place of what the user once answered to `accelerate config`, which would be taken else
+NOTHING = {
+    "compute_environment": "LOCAL_MACHINE",
+    "distributed_type": "NO",
+    "mixed_precision": "no",
+    "use_cpu": False,
+    "debug": False,
+}
 
 
 def command(folder: Path, prepared: Path, processes: int, launch: params.Launch, machine_rank: int = 0) -> list[str]:
-    """The command line for a training run; `processes` counts those of all machines."""
+    """The command line for a training run; `processes` counts those of all machines.
+
+    Raises TrainingError if the machines cannot share them or do not know where to meet.
+    """
+    if processes % launch.machines:
+        raise TrainingError(
+            f"training.processes = {processes} do not divide among {launch.machines} machines: correct one of them"
+        )
+    if launch.machines > 1 and not (launch.main_address and launch.main_port):
+        raise TrainingError("launch.machines > 1 needs launch.main_address and launch.main_port, where they meet")
     options = {
+        "config_file": Path(folder) / CONFIG,
         "num_processes": processes,
         "num_machines": launch.machines,
         "machine_rank": machine_rank,
@@ -49,13 +68,14 @@ def command(folder: Path, prepared: Path, processes: int, launch: params.Launch,
     return [sys.executable, "-m", "accelerate.commands.launch", *words, *module]
 
 
-def run(words: Sequence[str], folder: Path) -> None:
+def run(words: Sequence[str], folder: Path, machine_rank: int = 0) -> None:
     """Runs a `command` whose output is shown as it comes. Raises TrainingError with what a failed process said.
 
     An interrupt ends the processes too; the run then goes on from its checkpoint, as after any kill.
     """
-    log = Path(folder) / LOG
+    log, text = Path(folder) / LOG.format(machine_rank), codecs.getincrementaldecoder("utf-8")("replace")
     threads = os.environ.get("OMP_NUM_THREADS", "1")  # as accelerate chooses, but without saying so
+    runs.write_text(Path(folder) / CONFIG, yaml.safe_dump(NOTHING))
     with open(log, "wb") as errors:
         child = subprocess.Popen(
             words, stdout=subprocess.PIPE, stderr=errors, start_new_session=True,
@@ -63,7 +83,7 @@ def run(words: Sequence[str], folder: Path) -> None:
         )  # fmt: skip
         try:
             while shown := child.stdout.read1(4096):
-                print(shown.decode(errors="replace"), end="", flush=True)
+                print(text.decode(shown), end="", flush=True)
             code = child.wait()
         except BaseException:
             os.killpg(child.pid, signal.SIGTERM)
@@ -71,13 +91,13 @@ def run(words: Sequence[str], folder: Path) -> None:
             raise
     if code:
         raise TrainingError(_what_failed(log, code))
-    log.unlink()
+    log.unlink(missing_ok=True)
 
 
 def _what_failed(log: Path, code: int) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     said = next((line.removeprefix(ERROR) for line in lines if line.startswith(ERROR)), None)
-    if said is None and any("SIGKILL" in line or "exitcode: -9" in line for line in lines):
+    if said is None and (code == -signal.SIGKILL or any("SIGKILL" in line or "exitcode: -9" in line for line in lines)):
         said = f"a process was killed, most often for want of main memory; it goes on from its checkpoint (see {log})"
     return said or f"a process ended with exit code {code}; {log} says why"
 
@@ -87,10 +107,21 @@ def work(folder: Path, prepared: Path) -> None:
     values = yaml.safe_load((folder / runs.PARAMS).read_text(encoding="utf-8"))
     names = ("backbone", "objective", "masks", "training")
     use = {name: params.section(name, values[name], str(folder / runs.PARAMS)) for name in names}
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if gpus and here > gpus:
+        raise TrainingError(
+            f"{here} processes on a machine with {gpus} GPU(s): lower training.processes and raise "
+            "training.gradient_accumulation by as much"
+        )
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
+    if accelerator.num_processes != use["training"].processes:
+        raise TrainingError(
+            f"{accelerator.num_processes} processes were started for training.processes = {use['training'].processes}: "
+            "give the same number on every machine"
+        )
     backbone = use.pop("backbone")
     with MemoryAdvice(backbone, use["training"]):
         model = backbones.load(backbone, accelerator.device, parts="network")
@@ -117,7 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             work(given.folder, given.pairs)
         else:
             launch = params.Launch(machines=given.machines, main_address=given.main_address, main_port=given.main_port)
-            run(command(given.folder, given.pairs, given.processes, launch, given.machine_rank), given.folder)
+            words = command(given.folder, given.pairs, given.processes, launch, given.machine_rank)
+            run(words, given.folder, given.machine_rank)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"{ERROR}{' '.join(str(error).split())}", file=sys.stderr)
         return 1

@@ -15,6 +15,7 @@ from focusdpo_lib.backbones import Backbone, Conditioning
 from focusdpo_lib.dip.dataset import DatasetError, Pair
 from focusdpo_lib.masks import detail_field, prior_tokens, to_grid
 from focusdpo_lib.objectives import patch_quality
+from focusdpo_lib.runs import atomic
 
 # Pixels (B, 3, H, W) in [-1, 1] → patch tokens (B, P, d) of a vision encoder, row-major on a square grid.
 PatchEncoder = Callable[[torch.Tensor], torch.Tensor]
@@ -153,7 +154,8 @@ def save(data: dict[int, PreparedPairs], folder: Path) -> None:
         }
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
         facts = {"ids": json.dumps(pairs.ids), "token_grid": json.dumps(pairs.token_grid)}
-        save_file(tensors, folder / FILE.format(count), facts)
+        with atomic(Path(folder) / FILE.format(count)) as partial:
+            save_file(tensors, partial, facts)
 
 
 def load(folder: Path) -> dict[int, PreparedPairs]:

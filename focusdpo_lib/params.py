@@ -51,7 +51,7 @@ class Backbone(Section):
     ip_revision: str | None = None
     ip_weights: str = "sdxl_models/ip-adapter-plus_sdxl_vit-h.safetensors"  # in it
     ip_encoder: str = "models/image_encoder"  # in it
-    ip_scale: float = Field(1.0, ge=0)  # PatchDPO's protocol: 0.78 with all references, 0.65 with one
+    ip_scale: float = Field(1.0, gt=0)  # PatchDPO's protocol: 0.78 with all references, 0.65 with one
     image_tokens: Literal["concatenate", "average", "masks"] = "concatenate"  # of several references
     negative_prompt: str = ""  # of guided sampling
 

@@ -8,12 +8,13 @@ Folders lie at `results/<stage>/<run>`. A stage whose run is complete returns at
 import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pandas as pd
 import torch
 
-from focusdpo_lib import adapter_card, backbones, params
+from focusdpo_lib import adapter_card, backbones, params, provenance
 from focusdpo_lib.dip import dataset
 from focusdpo_lib.dip import toybox as dip_toybox
 from focusdpo_lib.evaluation.benchmark import Benchmark
@@ -72,9 +73,15 @@ def prepare_pairs(
     job.folder /= job.fingerprint[:16]
     if not job.complete and own_process:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(prepare_pairs, results, pairs, backbone, masks, patch_encoder).result()
+            try:
+                return pool.submit(prepare_pairs, results, pairs, backbone, masks, patch_encoder).result()
+            except BrokenProcessPool:
+                raise RunError(
+                    "the process that prepares the pairs was killed, most often for want of main memory: close other "
+                    "programs, or train on fewer pairs"
+                ) from None
     if not job.complete:
-        with job, MemoryAdvice(backbone):
+        with job, MemoryAdvice(backbone, preparing=True):
             model = backbones.load(backbone, device(), parts="encoders")
             train_pairs = dataset.read_dataset(pairs, ["train"])["train"]
             patches = DinoEncoder(patch_encoder, device()).patches if patch_encoder is not None else None
@@ -113,9 +120,12 @@ def train_adapter(
             else:
                 words = command(job.folder, prepared, training.processes, launch or params.Launch())
                 run_processes(words, job.folder)
-                job.facts["processes"] = json.loads((job.folder / FACTS).read_text(encoding="utf-8"))
-            adapter_card.write(job.folder / ADAPTER, job.folder, backbone, objective, masks, training)
-            (job.folder / CHECKPOINT).unlink(missing_ok=True)
+                processes = json.loads((job.folder / FACTS).read_text(encoding="utf-8"))
+                job.facts |= {"processes": processes, "device": processes[0]["device"]}
+                job.facts["peak_memory_bytes"] = max(facts["peak_memory_bytes"] for facts in processes)
+            where = job.facts.get("device") or provenance.device()["device"]
+            adapter_card.write(job.folder / ADAPTER, job.folder, backbone, objective, masks, training, where)
+    (job.folder / CHECKPOINT).unlink(missing_ok=True)  # only now: a run without its marker may need it
     return job.folder
 
 

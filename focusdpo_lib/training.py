@@ -226,6 +226,10 @@ def train(
 def _train(backbone, data, folder, objective, masks, training, accelerator, stop_after) -> Path:
     if objective.name == "patchdpo" and any(pairs.quality is None for pairs in data.values()):
         raise TrainingError("PatchDPO needs patch qualities: prepare the pairs with a vision encoder (patches=…)")
+    if backbone.precision == torch.float16 and objective.reduction == "sum":
+        raise TrainingError(
+            "float16 cannot hold the gradients of a sum: set objective.reduction to mean, or use bfloat16"
+        )
     backbone.add_adapter(training.lora.rank, training.lora.alpha, training.lora.targets, seed=training.seed)
     if training.gradient_checkpointing:  # recomputed in the backward pass, after reference_model() has been left
         backbone.network.enable_gradient_checkpointing()

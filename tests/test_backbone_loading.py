@@ -179,7 +179,13 @@ def test_a_quantized_base_trains_float32_adapters(family, weights, stored, bitsa
     run(model, data, tmp_path / "run", "focusdpo", learning_rate=1e-5)
     assert {p.dtype for p in model.adapter_parameters()} == {torch.float32}
     assert any(value.abs().max() > 0 for name, value in policy(model).items() if "lora_B" in name)
-    assert all(m.base_layer.weight.dtype == stored for n, m in model.network.named_modules() if n.endswith(".to_q"))
+    queries = [m.base_layer for n, m in model.network.named_modules() if n.endswith(".to_q")]
+    assert all(m.weight.dtype == stored for m in queries)
+    seen = []
+    queries[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
+    with torch.no_grad():
+        queries[0](torch.randn(1, 1, queries[0].in_features))  # as after a GPU's norms, which autocast runs in float32
+    assert seen == [torch.bfloat16]
 
 
 def test_adamw_in_eight_bits_keeps_its_state_there(prepared, tiny_flux, tmp_path):
@@ -250,19 +256,26 @@ def test_the_card_of_an_adapter_says_how_it_was_made_and_loads_it(prepared, tiny
     model = run(backbones.load(settings("flux_uno", tiny_flux)), prepared, tmp_path, "focusdpo")
     use = params.Backbone(model="black-forest-labs/FLUX.1-dev", subject_lora="bytedance-research/UNO")
     objective, training = params.Objective(beta=300.0), params.Training(steps=3, learning_rate=1e-8)
-    adapter_card.write(tmp_path / ADAPTER, tmp_path, use, objective, params.Masks(tau=0.2), training)
+    adapter_card.write(tmp_path / ADAPTER, tmp_path, use, objective, params.Masks(tau=0.2), training, "an H200")
     text = (tmp_path / ADAPTER / "README.md").read_text()
     front, body = text.split("---\n")[1:3]
     assert "base_model: black-forest-labs/FLUX.1-dev" in front and "- focusdpo" in front
-    for words in ("LoRA of rank 32", "| beta | 300.0 |", "| learning_rate | 1e-08 |", "| tau | 0.2 |", "3 steps"):
+    for words in (
+        "LoRA of rank 32",
+        "| beta | 300.0 |",
+        "| learning_rate | 1e-08 |",
+        "| tau | 0.2 |",
+        "3 steps",
+        "on an H200",
+    ):
         assert words in body
     code = body.split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")
     for words in ("'bytedance-research/UNO'", 'load_lora_weights("this/folder"', '["subject", "policy"]'):
         assert words in code
     assert model.part in body
-    adapter_card.write(tmp_path / ADAPTER, tmp_path, params.Backbone(model=str(tiny_flux)), objective, params.Masks(),
-                       training)  # fmt: skip
+    ours = params.Backbone(model=str(tiny_flux))
+    adapter_card.write(tmp_path / ADAPTER, tmp_path, ours, objective, params.Masks(), training, "a CPU")
     local = (tmp_path / ADAPTER / "README.md").read_text()
     assert str(tiny_flux.parent) not in local and "base_model" not in local
     assert memory.PRESETS not in local

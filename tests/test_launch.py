@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from tiny_training import TRAINING
 
@@ -52,6 +53,15 @@ def test_two_launched_processes_give_the_weights_of_one_that_accumulates(results
     assert len(list((results / "prepared").iterdir())) == 1, "both trainings share what was prepared"
 
 
+def test_what_the_user_once_answered_to_accelerate_config_is_not_taken(results, tiny_flux, tmp_path, monkeypatch):
+    """A default config for DeepSpeed would start another launcher, which is not even installed."""
+    (tmp_path / "accelerate").mkdir()
+    answers = launch.NOTHING | {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}}
+    (tmp_path / "accelerate" / "default_config.yaml").write_text(yaml.safe_dump(answers))
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    assert is_complete(train(results, tiny_flux, "own-config", processes=1))
+
+
 def test_what_a_process_said_comes_back_as_one_sentence(results, tiny_flux):
     with pytest.raises(TrainingError, match="a step takes 32 pairs, but only") as caught:
         train(results, tiny_flux, "too-large", processes=1, batch_size=32)
@@ -77,7 +87,7 @@ def test_a_process_that_was_killed_leaves_a_run_that_goes_on(results, tiny_flux)
     os.kill(int(found.stdout.split()[-1]), signal.SIGKILL)  # the youngest: the process that trains
     thread.join(60)
     assert not thread.is_alive()
-    assert said and str(folder / launch.LOG) in said[0]
+    assert said and str(folder / launch.LOG.format(0)) in said[0]
     assert (folder / CHECKPOINT).exists() and not is_complete(folder)
 
 
@@ -94,6 +104,10 @@ def test_the_command_line_says_processes_machines_and_where_they_meet(tmp_path):
     assert words[1:3] == ["-m", "accelerate.commands.launch"]
     expected = {"--num_processes=16", "--num_machines=2", "--machine_rank=1", "--main_process_ip=node0"}
     assert expected | {"--main_process_port=29500", "--multi_gpu"} <= set(words)
+    with pytest.raises(TrainingError, match="16 do not divide among 3 machines: correct one of them"):
+        launch.command(tmp_path, tmp_path, 16, several.model_copy(update={"machines": 3}))
+    with pytest.raises(TrainingError, match=r"needs launch.main_address and launch.main_port, where they meet"):
+        launch.command(tmp_path, tmp_path, 16, params.Launch(machines=2))
     alone = launch.command(tmp_path, tmp_path / "prepared", 1, params.Launch())
     assert "--multi_gpu" not in alone and "--main_process_port=0" in alone
     assert not any("None" in word for word in alone)

@@ -3,6 +3,7 @@
 import logging
 import re
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import diffusers.utils.logging
@@ -13,6 +14,7 @@ from safetensors import SafetensorError
 
 from focusdpo_lib import params
 from focusdpo_lib.backbones.conditioning import Conditioning
+from focusdpo_lib.backbones.family import QUANTIZED
 from focusdpo_lib.backbones.flux_uno import FluxUno
 from focusdpo_lib.backbones.sdxl_ip import SdxlIp
 
@@ -62,6 +64,8 @@ def load(settings: params.Backbone, device: str | torch.device = "cpu", parts: s
     for name, needed in (("subject_lora", ""), ("ip_adapter", settings.ip_weights)):
         if (source := extras.get(name)) is not None:
             _check(source, needed, f"the {WORDS[name]} {source}", f"correct backbone.{name}")
+    if settings.weights in QUANTIZED and find_spec("bitsandbytes") is None:
+        raise BackboneError(f"backbone.weights {settings.weights} needs bitsandbytes: install the extra [quantized]")
     _quiet(downloads=not Path(model).is_dir())
     shared = {"precision": settings.precision, "weights": settings.weights, "revision": settings.revision}
     try:
@@ -84,6 +88,8 @@ def _why(error: Exception, model: str, remedy: str) -> str:
             "(it is gated): accept its licence on its page at the hub and log in with `hf auth login`, or set HF_TOKEN"
         )
     reason = " ".join(str(error).split())[:300].rstrip(". ")
+    if "No GPU found" in reason:
+        return "(a quantized base needs a GPU): set backbone.weights to bfloat16 or float32"
     if any(isinstance(e, LocalEntryNotFoundError | OfflineModeIsEnabled) for e in behind):
         return (
             f"(not in the cache, and the hub is out of reach): go online once, name a folder that holds it, or {remedy}"

@@ -17,10 +17,7 @@ from focusdpo_lib.backbones.conditioning import Conditioning
 
 ADAPTER = "policy"  # the name of the one adapter that training moves
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-QUANTIZED = {
-    "int8": {"load_in_8bit": True},
-    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},
-}
+QUANTIZED = {"int8": {"load_in_8bit": True}, "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}
 
 
 def computes_in_bfloat16(device: torch.device) -> bool:
@@ -42,19 +39,35 @@ def chosen_precision(precision: str, device: torch.device, weights: str = "float
     return torch.float32 if weights == "float32" else torch.float16  # a quantized base on a GPU before bfloat16
 
 
-def loading(part: str | None, weights: str) -> dict:
+def loading(part: str | None, weights: str, precision: torch.dtype) -> dict:
     """Keyword arguments of `from_pretrained` that hold the pipeline's `part` and its encoders in `weights`.
 
-    Quantized, the part goes through diffusers' bitsandbytes backend and the encoders stay in bfloat16. The autoencoder
-    is small and stays in float32: SDXL's own overflows half precision.
+    Quantized, the part goes through diffusers' bitsandbytes backend, computes in `precision`, and the encoders are held
+    in it; no `part`, nothing to quantize. The autoencoder is small and stays in float32: SDXL's own overflows half
+    precision.
     """
     if weights not in QUANTIZED:
         return {"dtype": {"vae": torch.float32, "default": getattr(torch, weights)}}
-    arguments = {"dtype": {"vae": torch.float32, "default": torch.bfloat16}}
+    arguments = {"dtype": {"vae": torch.float32, "default": precision}}
     if part is not None:
-        mapping = {part: BitsAndBytesConfig(**QUANTIZED[weights])}
+        compute = {"bnb_4bit_compute_dtype": precision} if weights == "nf4" else {}
+        mapping = {part: BitsAndBytesConfig(**QUANTIZED[weights], **compute)}
         arguments["quantization_config"] = PipelineQuantizationConfig(quant_mapping=mapping)
     return arguments
+
+
+def compute_in(network: nn.Module, precision: torch.dtype) -> None:
+    """Gives every quantized layer its input in `precision`.
+
+    A GPU's autocast runs norms in float32, and bitsandbytes, which autocast does not reach, computes in what it gets.
+    """
+
+    def cast(module, inputs):
+        return (inputs[0].to(precision), *inputs[1:])
+
+    for module in network.modules():
+        if type(module).__module__.startswith("bitsandbytes"):
+            module.register_forward_pre_hook(cast)
 
 
 class Family:

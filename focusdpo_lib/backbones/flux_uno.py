@@ -13,7 +13,7 @@ from diffusers import FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from focusdpo_lib.backbones.conditioning import Conditioning
-from focusdpo_lib.backbones.family import TEXT_PARTS, Family, chosen_precision, loading
+from focusdpo_lib.backbones.family import QUANTIZED, TEXT_PARTS, Family, chosen_precision, compute_in, loading
 from focusdpo_lib.backbones.subject_lora import load_subject_lora
 from focusdpo_lib.backbones.tokens import output_hook, pack, position_ids, query_key_hooks, unpack
 
@@ -46,6 +46,8 @@ class FluxUno(Family):
                 module.requires_grad_(False).eval()
         self.device = (self.vae if self.transformer is None else self.transformer).device
         self.precision = chosen_precision(precision, self.device, weights)
+        if weights in QUANTIZED and self.network is not None:
+            compute_in(self.network, self.precision)
         self.position_mode, self.sampling_shift = position_mode, sampling_shift
         self.text_length = min(pipeline.tokenizer_2.model_max_length, 512) if pipeline.tokenizer_2 else 512
         self.stride = pipeline.vae_scale_factor
@@ -71,9 +73,10 @@ class FluxUno(Family):
         encoders, which training does without, and keeps the autoencoder on the CPU.
         """
         absent = {"network": TEXT_PARTS, "encoders": ("transformer",)}.get(parts, ())
-        quantized_part = None if parts == "encoders" else cls.part
+        precision = chosen_precision(settings.get("precision", "auto"), torch.device(device), weights)
+        held = loading(None if parts == "encoders" else cls.part, weights, precision)
         pipeline = FluxPipeline.from_pretrained(
-            model, revision=revision, use_safetensors=True, **dict.fromkeys(absent), **loading(quantized_part, weights)
+            model, revision=revision, use_safetensors=True, **dict.fromkeys(absent), **held
         )
         if subject_lora is not None and parts != "encoders":
             load_subject_lora(pipeline, subject_lora, subject_revision)

@@ -15,13 +15,15 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 from torch import nn
 from torch.nn import functional as F
+from transformers import CLIPVisionModelWithProjection
 
 from focusdpo_lib.backbones.conditioning import Conditioning
-from focusdpo_lib.backbones.family import QUANTIZED, TEXT_PARTS, Family, chosen_precision, loading
+from focusdpo_lib.backbones.family import QUANTIZED, TEXT_PARTS, Family, chosen_precision, compute_in, loading
 
 # R17: every attention's q, k, v and output, and IP-Adapter's own keys and values.
 LORA_TARGETS = r".*\.attn[12]\.(to_[qkv]|to_out\.0|processor\.to_[kv]_ip\.\d+)"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+DECODED = 2**20  # pixels that the autoencoder decodes at once, in float32: gigabytes
 T = 1000  # steps of the noise schedule
 
 
@@ -67,6 +69,8 @@ class SdxlIp(Family):
         pipeline.set_ip_adapter_scale(scale)
         self.device = self.unet.device
         self.precision = chosen_precision(precision, self.device, weights)
+        if weights in QUANTIZED and self.network is not None:
+            compute_in(self.network, self.precision)
         self.image_tokens, self.negative_prompt = image_tokens, negative_prompt
         self.stride = self.multiple = pipeline.vae_scale_factor
         self.noising = DDPMScheduler.from_config(pipeline.scheduler.config)
@@ -94,8 +98,10 @@ class SdxlIp(Family):
         """
         encoders = parts != "network"
         left_out = {} if encoders else dict.fromkeys(TEXT_PARTS)
+        precision = chosen_precision(settings.get("precision", "auto"), torch.device(device), weights)
+        held = loading(cls.part, weights, precision)
         pipeline = StableDiffusionXLPipeline.from_pretrained(
-            model, revision=revision, use_safetensors=True, **left_out, **loading(cls.part, weights)
+            model, revision=revision, use_safetensors=True, **left_out, **held
         )
         path = Path(ip_weights)  # load_ip_adapter casts the pipeline: before any float32 LoRA weights
         with _uncast(pipeline.unet) if weights in QUANTIZED else nullcontext():
@@ -103,8 +109,16 @@ class SdxlIp(Family):
                 ip_adapter,
                 subfolder=str(path.parent),
                 weight_name=path.name,
-                image_encoder_folder=ip_encoder if encoders else None,
+                image_encoder_folder=None,
                 revision=ip_revision,
+            )
+        if encoders:  # load_ip_adapter would take the image encoder of any revision
+            pipeline.image_encoder = CLIPVisionModelWithProjection.from_pretrained(
+                ip_adapter,
+                subfolder=ip_encoder,
+                revision=ip_revision,
+                use_safetensors=True,
+                dtype=held["dtype"]["default"],
             )
         pipeline.vae.float()
         (pipeline if encoders else pipeline.unet).to(device)
@@ -138,8 +152,10 @@ class SdxlIp(Family):
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents (B, C, h, w) → pixels (B, 3, H, W) in [-1, 1], float32."""
-        return self.vae.decode(latents.to(self.device) / self.vae.config.scaling_factor).sample.clamp(-1, 1)
+        """Latents (B, C, h, w) → pixels (B, 3, H, W) in [-1, 1], float32; one by one where they are large."""
+        at_once = max(1, DECODED // (latents.shape[-2] * latents.shape[-1] * self.stride**2))
+        scaled = (latents.to(self.device) / self.vae.config.scaling_factor).split(at_once)
+        return torch.cat([self.vae.decode(part).sample.clamp(-1, 1) for part in scaled])
 
     def encode_prompts(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompts → token embeddings of both encoders (B, L, d) and the second's pooled embedding (B, d_pooled)."""
