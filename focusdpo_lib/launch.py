@@ -2,9 +2,10 @@
 
 Notebook 03 starts it when `training.processes` is set: a GPU must not be touched before processes fork, and a kernel
 that holds memory would starve its children, so nothing is trained in the notebook's own process then. With more
-machines than one, all of them see the run's folder, the notebook runs on the first, and on each of the others
+machines than one, all of them see the run's folder, the notebook runs on the first, and on each of the others, in
+notebooks/, where the paths of the settings start,
 
-    python -m focusdpo_lib.launch results/paper/training/RUN --pairs results/paper/prepared/HASH --processes 16 \\
+    python -m focusdpo_lib.launch ../results/paper/training/RUN --pairs ../results/paper/prepared/HASH --processes 16 \\
         --machines 2 --machine-rank 1 --main-address HOST --main-port 29500
 """
 

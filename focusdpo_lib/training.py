@@ -2,8 +2,9 @@
 
 The first pass, without gradients, goes through the reference model and yields the focus masks on its way (R4); the
 second, with gradients, goes through the policy. Winner and loser are one batch in both. Every batch, noise and timestep
-is a function of the seed and the step alone, so a killed run ends where an unbroken one does, and several processes
-compute what one process with gradient accumulation computes.
+is a function of the seed and the step alone, so a killed run ends where an unbroken one does (to the bit where the
+device's kernels are deterministic, as a CPU's are), and several processes compute what one with gradient accumulation
+computes.
 """
 
 import sys

@@ -11,6 +11,7 @@ import torch
 from conftest import build_tiny_flux
 from safetensors.torch import load_file, save_file
 from test_both_families import FAMILIES, policy, run, settings
+from tiny_training import TRAINING
 
 from focusdpo_lib import adapter_card, backbones, memory, params
 from focusdpo_lib.backbones import BackboneError
@@ -19,7 +20,7 @@ from focusdpo_lib.pairs import prepare
 from focusdpo_lib.params import ParameterError
 from focusdpo_lib.toybox.pipelines import build_autoencoder
 from focusdpo_lib.toybox.unet import new_backbone, save_backbone
-from focusdpo_lib.training import ADAPTER, TrainingError, new_optimizer
+from focusdpo_lib.training import ADAPTER, TrainingError, new_optimizer, train
 
 
 def refusal(**values):
@@ -186,6 +187,24 @@ def test_a_quantized_base_trains_float32_adapters(family, weights, stored, bitsa
     with torch.no_grad():
         queries[0](torch.randn(1, 1, queries[0].in_features))  # as after a GPU's norms, which autocast runs in float32
     assert seen == [torch.bfloat16]
+
+
+def test_a_quantized_base_without_a_gpu_or_without_bitsandbytes_says_what_to_do(tiny_flux, monkeypatch):
+    if not torch.cuda.is_available():
+        assert refusal(model=str(tiny_flux), weights="nf4").endswith(
+            "(a quantized base needs a GPU): set backbone.weights to bfloat16 or float32"
+        )
+    monkeypatch.setattr(backbones, "find_spec", lambda name: None)
+    message = refusal(model=str(tiny_flux), weights="int8")
+    assert message == "backbone.weights int8 needs bitsandbytes: install the extra [quantized]"
+
+
+def test_float16_refuses_the_gradients_of_a_sum(prepared, tiny_flux, tmp_path):
+    model = backbones.load(settings("flux_uno", tiny_flux, weights="float16", precision="float16"))
+    training = params.section("training", TRAINING)
+    with pytest.raises(TrainingError, match=r"float16 cannot hold the gradients of objective\.reduction sum"):
+        train(model, prepared, tmp_path, objective=params.Objective(name="dpo", reduction="sum"), masks=params.Masks(),
+              training=training)  # fmt: skip
 
 
 def test_adamw_in_eight_bits_keeps_its_state_there(prepared, tiny_flux, tmp_path):
