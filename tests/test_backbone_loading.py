@@ -202,7 +202,7 @@ def test_a_quantized_base_without_a_gpu_or_without_bitsandbytes_says_what_to_do(
 def test_float16_refuses_the_gradients_of_a_sum(prepared, tiny_flux, tmp_path):
     model = backbones.load(settings("flux_uno", tiny_flux, weights="float16", precision="float16"))
     training = params.section("training", TRAINING)
-    with pytest.raises(TrainingError, match=r"float16 cannot hold the gradients of objective\.reduction sum"):
+    with pytest.raises(TrainingError, match="float16 cannot hold the gradients of a sum"):
         train(model, prepared, tmp_path, objective=params.Objective(name="dpo", reduction="sum"), masks=params.Masks(),
               training=training)  # fmt: skip
 
