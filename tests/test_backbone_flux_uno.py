@@ -11,10 +11,9 @@ import torch
 from conftest import build_tiny_flux
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
-from tiny_training import load_tiny
+from tiny_training import load_tiny, refusal
 
-from focusdpo_lib import backbones, params
-from focusdpo_lib.backbones import BackboneError, Conditioning, FluxUno, parity
+from focusdpo_lib.backbones import Conditioning, FluxUno, parity
 from focusdpo_lib.backbones.tokens import pack, position_ids, unpack
 
 FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures" / "uno"
@@ -425,14 +424,6 @@ def test_an_adapter_loads_on_top_of_the_subject_lora(tiny_flux, subject_lora, tm
 
 
 # --- Models that are not there ---
-
-
-def refusal(**settings):
-    with pytest.raises(BackboneError) as caught:
-        backbones.load(params.Backbone(**settings))
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def test_a_missing_or_wrong_folder_is_named_in_one_sentence(tmp_path):

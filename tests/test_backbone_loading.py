@@ -11,25 +11,15 @@ import torch
 from conftest import build_tiny_flux
 from safetensors.torch import load_file, save_file
 from test_both_families import FAMILIES, policy, run, settings
-from tiny_training import TRAINING
+from tiny_training import TRAINING, refusal
 
 from focusdpo_lib import adapter_card, backbones, memory, params
-from focusdpo_lib.backbones import BackboneError
 from focusdpo_lib.memory import MemoryAdvice, MemoryShortageError, advice
 from focusdpo_lib.pairs import prepare
 from focusdpo_lib.params import ParameterError
 from focusdpo_lib.toybox.pipelines import build_autoencoder
 from focusdpo_lib.toybox.unet import new_backbone, save_backbone
 from focusdpo_lib.training import ADAPTER, TrainingError, new_optimizer, train
-
-
-def refusal(**values):
-    with pytest.raises(BackboneError) as caught:
-        backbones.load(params.Backbone(**values))
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
 
 # --- UNO's file ---
 

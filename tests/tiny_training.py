@@ -3,9 +3,11 @@
 import os
 from pathlib import Path
 
+import pytest
 import torch
 
 from focusdpo_lib import backbones, params
+from focusdpo_lib.backbones import BackboneError
 from focusdpo_lib.dip import toybox
 from focusdpo_lib.dip.dataset import Pair
 from focusdpo_lib.pairs import PreparedPairs, prepare
@@ -23,6 +25,15 @@ def tiny_pairs(each: int = 8) -> list[Pair]:
 
 def load_tiny(model: Path, **settings):
     return backbones.load(params.section("backbone", {"model": str(model), "precision": "float32"} | settings))
+
+
+def refusal(**settings) -> str:
+    """What `backbones.load` says, in one line, of a backbone that it refuses."""
+    with pytest.raises(BackboneError) as caught:
+        backbones.load(params.Backbone(**settings))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
 
 
 def tiny_train(model: Path, data: dict[int, PreparedPairs], folder: Path, objective="focusdpo", masks=None, **settings):

@@ -107,27 +107,20 @@ SMALL_SDXL = {
     "addition_time_embed_dim": 32,
     "projection_class_embeddings_input_dim": 256,
 }
+
+
+def small(full: Sizes, network: dict, latents: tuple[int, int, int], reference: dict[int, tuple[int, ...]]) -> Sizes:
+    """The parts of `full` at a size for a CPU."""
+    return replace(
+        full, network=full.network | network, latents=latents, text=(12, 64), pooled=64, reference=reference, pairs=1
+    )
+
+
 SIZES = {
     ("flux", "full"): FLUX,
-    ("flux", "small"): replace(
-        FLUX,
-        network=FLUX.network | SMALL_FLUX,
-        latents=(16, 16, 16),
-        text=(12, 64),
-        pooled=64,
-        reference={1: (16, 16, 16), 2: (16, 10, 10)},
-        pairs=1,
-    ),
+    ("flux", "small"): small(FLUX, SMALL_FLUX, (16, 16, 16), {1: (16, 16, 16), 2: (16, 10, 10)}),
     ("sdxl", "full"): SDXL,
-    ("sdxl", "small"): replace(
-        SDXL,
-        network=SDXL.network | SMALL_SDXL,
-        latents=(4, 16, 16),
-        text=(12, 64),
-        pooled=64,
-        reference={1: (16, 64), 2: (16, 64)},
-        pairs=1,
-    ),
+    ("sdxl", "small"): small(SDXL, SMALL_SDXL, (4, 16, 16), {1: (16, 64), 2: (16, 64)}),
 }
 WEIGHTS = ("bfloat16", "nf4", "int8")
 ROUNDS = {"shipped": 9, "small": 5, "full": 5}  # the toybox has goals on a CPU, the small sizes have none

@@ -56,6 +56,81 @@ def split_parameters(unet: nn.Module) -> tuple[list[nn.Parameter], list[nn.Param
     return muon, rest
 
 
+def trained_modules(backbone: SdxlIp) -> nn.ModuleDict:
+    """What training moves: the pipeline's parts, and heads on the image embedding that name the five attributes.
+
+    The published image encoder was trained before, on captions that name what is seen; the heads stand in for them.
+    """
+    pipeline, encoder = backbone.pipeline, backbone.pipeline.image_encoder
+    width = encoder.config.projection_dim
+    heads = nn.ModuleDict({name: nn.Linear(width, len(values)) for name, values in VALUES.items()})
+    modules = nn.ModuleDict(
+        {
+            "unet": backbone.unet.to(memory_format=torch.channels_last),
+            "resampler": backbone.resampler,
+            "image_encoder": encoder,
+            "text_encoder": pipeline.text_encoder,
+            "text_encoder_2": pipeline.text_encoder_2,
+            "heads": heads.to(backbone.device),
+        }
+    )
+    return modules.requires_grad_(True)
+
+
+def new_optimizers(modules: nn.ModuleDict) -> list[torch.optim.Optimizer]:
+    """Muon for the U-Net's matrices, AdamW for everything else."""
+    muon, rest = split_parameters(modules["unet"])
+    rest += [p for name, module in modules.items() if name != "unet" for p in module.parameters()]
+    return [
+        torch.optim.Muon(muon, lr=2e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=8e-4, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+class StepLoss:
+    """The loss of a step, as `fit` calls it: the error in ε, errors inside subjects weighing five times.
+
+    One subject only for the first `SINGLES` steps, then two in every third; a share of samples is unconditional.
+    """
+
+    def __init__(
+        self, backbone: SdxlIp, heads: nn.ModuleDict, latents: list[Path], shift: float, batch: int, seed: int
+    ):
+        """`shift` was subtracted from the latents, which were made for FLUX, and is added again: SDXL's have none."""
+        self.backbone, self.heads, self.shift, self.batch, self.seed = backbone, heads, shift, batch, seed
+        self.data, self.captions = load_latents(latents)
+
+    def __call__(self, step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        draw, backbone = generator(self.seed, step), self.backbone
+        count = 2 if step >= SINGLES and step % 3 == 2 else 1
+        at = 2 * torch.randint(len(self.captions) // 2, (self.batch,), generator=draw) + count - 1
+        clean = self.data["target"][at].float().to(backbone.device) + self.shift
+        noise = torch.randn(clean.shape, generator=draw).to(backbone.device)
+        t = (1 - torch.rand(self.batch, generator=draw)).to(backbone.device)
+        kept = torch.rand(self.batch, generator=draw) >= UNCONDITIONAL
+        prompts = [self.captions[i] if keep else "" for i, keep in zip(at.tolist(), kept, strict=True)]
+        with backbone.autocast(), backbone.attention():
+            text, pooled = backbone.encode_prompts(prompts)
+            tokens, named = self.see([training_sample(self.seed, i) for i in at.tolist()], kept, count)
+        epsilon = backbone.predict(backbone.noised(clean, noise, t), t, Conditioning(text, pooled, tokens))
+        error = (epsilon - noise) ** 2
+        inside = self.data["subject"][at].float().to(backbone.device)[:, None]
+        loss = (error * (1 + 4 * inside)).mean() / (1 + 4 * inside.mean())
+        return loss + 0.1 * named, {f"mse_{count}": error.mean().item(), "named": named.item()}
+
+    def see(self, samples: list, kept: torch.Tensor, count: int) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        """Image tokens of each subject's photos, and the cross-entropy of the attributes that the heads name."""
+        encoder, device = self.backbone.pipeline.image_encoder, self.backbone.device
+        photos = np.stack([photos[k] for k in range(count) for _, photos in samples])
+        labels = torch.tensor([slot_labels(scene.identities[k]) for k in range(count) for scene, _ in samples])
+        pixels = clip_pixels(to_pixels(photos).to(device), encoder.config.image_size)
+        output = encoder(pixels * kept.repeat(count).to(device)[:, None, None, None], output_hidden_states=True)
+        labels[~kept.repeat(count)] = -100
+        guesses = [head(output.image_embeds) for head in self.heads.values()]
+        named = [F.cross_entropy(guess, label) for guess, label in zip(guesses, labels.to(device).T, strict=True)]
+        return self.backbone.resampler(output.hidden_states[-2]).chunk(count), sum(named) / len(named)
+
+
 def train_sdxl_ip(
     vae: AutoencoderKL,
     latents: list[Path],
@@ -70,66 +145,11 @@ def train_sdxl_ip(
 ) -> tuple[SdxlIp, list[dict]]:
     """Trains U-Net, resampler, image and text encoders from nothing to predict ε; returns the backbone and the curve.
 
-    The published image encoder was trained before, on captions that name what is seen; here heads on its embedding that
-    name the five attributes train along with it. One subject only for the first `SINGLES` steps, then two in every
-    third. Errors inside subjects weigh five times. Resumable in `folder`; `options` go to `fit`.
+    Resumable in `folder`; `options` go to `fit`.
     """
-    offset = (vae.config.shift_factor or 0.0) * vae.config.scaling_factor  # the latents were made for FLUX
     backbone = new_backbone(vae, seed, device, **(sizes or {}))
-    pipeline, encoder = backbone.pipeline, backbone.pipeline.image_encoder
-    heads = nn.ModuleDict(
-        {name: nn.Linear(encoder.config.projection_dim, len(values)) for name, values in VALUES.items()}
-    ).to(device)
-    modules = nn.ModuleDict(
-        {
-            "unet": backbone.unet.to(memory_format=torch.channels_last),
-            "resampler": backbone.resampler,
-            "image_encoder": encoder,
-            "text_encoder": pipeline.text_encoder,
-            "text_encoder_2": pipeline.text_encoder_2,
-            "heads": heads,
-        }
-    )
-    modules.requires_grad_(True)
-    muon, rest = split_parameters(backbone.unet)
-    rest += [p for name, module in modules.items() if name != "unet" for p in module.parameters()]
-    optimizers = [
-        torch.optim.Muon(muon, lr=2e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=8e-4, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
-    data, captions = load_latents(latents)
-
-    def loss_at(step):
-        draw = generator(seed, step)
-        count = 2 if step >= SINGLES and step % 3 == 2 else 1
-        at = 2 * torch.randint(len(captions) // 2, (batch,), generator=draw) + count - 1
-        clean = data["target"][at].float().to(device) + offset
-        noise = torch.randn(clean.shape, generator=draw).to(device)
-        t = (1 - torch.rand(batch, generator=draw)).to(device)
-        kept = torch.rand(batch, generator=draw) >= UNCONDITIONAL
-        samples = [training_sample(seed, i) for i in at.tolist()]
-        with backbone.autocast(), backbone.attention():
-            text, pooled = backbone.encode_prompts(
-                [captions[i] if keep else "" for i, keep in zip(at.tolist(), kept, strict=True)]
-            )
-            tokens, named = see(samples, kept, count)
-        noised = backbone.noised(clean, noise, t)
-        epsilon = backbone.predict(noised, t, Conditioning(text, pooled, tokens))
-        error = (epsilon - noise) ** 2
-        inside = data["subject"][at].float().to(device)[:, None]
-        loss = (error * (1 + 4 * inside)).mean() / (1 + 4 * inside.mean())
-        return loss + 0.1 * named, {f"mse_{count}": error.mean().item(), "named": named.item()}
-
-    def see(samples, kept, count):
-        """Image tokens of each subject's photos, and the cross-entropy of the attributes that the heads name."""
-        photos = np.stack([photos[k] for k in range(count) for _, photos in samples])
-        labels = torch.tensor([slot_labels(scene.identities[k]) for k in range(count) for scene, _ in samples])
-        pixels = clip_pixels(to_pixels(photos).to(device), encoder.config.image_size)
-        output = encoder(pixels * kept.repeat(count).to(device)[:, None, None, None], output_hidden_states=True)
-        labels[~kept.repeat(count)] = -100
-        guesses = [head(output.image_embeds) for head in heads.values()]
-        named = [F.cross_entropy(guess, label) for guess, label in zip(guesses, labels.to(device).T, strict=True)]
-        return backbone.resampler(output.hidden_states[-2]).chunk(count), sum(named) / len(named)
-
-    curve = fit("sdxl_ip", modules, optimizers, loss_at, steps, folder, decay_from=0.6, **options)
+    modules = trained_modules(backbone)
+    shift = (vae.config.shift_factor or 0.0) * vae.config.scaling_factor
+    loss_at = StepLoss(backbone, modules["heads"], latents, shift, batch, seed)
+    curve = fit("sdxl_ip", modules, new_optimizers(modules), loss_at, steps, folder, decay_from=0.6, **options)
     return backbone, curve
