@@ -1,6 +1,7 @@
 """`make bench`: the cost of a step of SFT, DPO, FocusDPO and of a plain reading of the paper, case by case.
 
 Every case is written as soon as it is done; a run that was killed goes on where it was when it is started again.
+Without a GPU the full sizes (`--size full`) are counted, not measured: bytes and operations, no seconds.
 """
 
 import argparse
@@ -14,18 +15,19 @@ import torch
 
 from focusdpo_lib import provenance
 from focusdpo_lib.bench.cases import ROUNDS, Case, cases
+from focusdpo_lib.bench.count import counted
 from focusdpo_lib.bench.report import PAGE, read_results, write_results
 from focusdpo_lib.bench.steps import attempted
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m focusdpo_lib.bench", description=__doc__)
-    top.add_argument("--size", choices=["small", "full"], help="of the random models (default: full on a GPU)")
+    top.add_argument("--size", choices=["small", "full"], help="of random models (default: small, full on a GPU)")
     top.add_argument("--only", nargs="+", default=[], metavar="WORD", help="cases with all these words in their name")
     top.add_argument("--rounds", type=int, help=f"turns that are timed (default: by size, {ROUNDS})")
     top.add_argument("--batch-size", type=int, help="pairs a step (default: by model)")
     top.add_argument("--out", type=Path, help="folder of the results (default: results/bench/<device>)")
-    top.add_argument("--again", action="store_true", help="measure anew what is there from the same commit and device")
+    top.add_argument("--again", action="store_true", help="take anew what is there from the same commit and device")
     return top
 
 
@@ -36,9 +38,8 @@ def main(arguments: list[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.zeros(1, device=device)  # from here on, provenance names the GPU
     on_gpu = device.type == "cuda"  # diffusers quantizes there alone
-    offered = cases(chosen.size or ("full" if on_gpu else "small"), quantized=on_gpu)
-    if chosen.size == "full" and not on_gpu:
-        top.error("--size full needs a GPU: leave it out for the small sizes")
+    size = chosen.size or ("full" if on_gpu else "small")
+    offered = cases(size, quantized=on_gpu or size == "full")
     wanted = [case for case in offered if all(word in case.name for word in chosen.only)]
     if not wanted:
         top.error(f"no case has all of {chosen.only} in its name: choose from {', '.join(c.name for c in offered)}")
@@ -57,15 +58,18 @@ def run(
     batch: int | None = None,
     again: bool = False,
 ) -> None:
-    """Measures cases one after the other and writes the results so far after each; cases already there are kept."""
+    """Takes cases one after the other and writes the results so far after each; cases already there are kept."""
     results = read_results(out)
     with TemporaryDirectory() as scratch:
         for case in wanted:
             settings = {"case": asdict(case), "rounds": rounds or ROUNDS[case.size], "pairs": batch or case.pairs}
             if not again and is_current(results.get(case.name), settings):
-                print(f"{case.name}: kept, measured before by this commit on this device")
+                print(f"{case.name}: kept, taken before by this commit on this device")
                 continue
-            found = attempted(case, device, settings["rounds"], settings["pairs"], Path(scratch))
+            if case.size == "full" and device.type == "cpu":
+                found = counted(case, settings["pairs"], Path(scratch))
+            else:
+                found = attempted(case, device, settings["rounds"], settings["pairs"], Path(scratch))
             results[case.name] = settings | found | {"machine": provenance.facts()}
             write_results(out, results)
             print(f"{case.name}: {found['status']} {found.get('ratios', '')}", flush=True)

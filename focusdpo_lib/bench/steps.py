@@ -86,9 +86,16 @@ def measure(case: Case, device: torch.device, rounds: int, batch: int, scratch: 
     seconds = interleaved(forwards | ours | plain, rounds)
     return summary(costs, {name: statistics.median(values) for name, values in seconds.items()}, rate, batch) | {
         "weights_bytes": held_bytes(backbone.network),
+        "optimizer_bytes": optimizer_bytes(backbone),
         "forward_operations": floor,
         "matrix_rate": {"dtype": str(backbone.precision).removeprefix("torch."), "operations_per_second": rate},
     }
+
+
+def optimizer_bytes(backbone: Backbone) -> dict[str, int]:
+    """AdamW's state by the name of the optimizer: two numbers for every weight of the adapter, of 4 bytes or of 1."""
+    weights = sum(parameter.numel() for parameter in backbone.adapter_parameters())
+    return {"adamw": 8 * weights, "adamw_8bit": 2 * weights}
 
 
 def cost(step: Task, backbone: Backbone, floor: int, *others: torch.nn.Module) -> dict:

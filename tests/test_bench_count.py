@@ -1,0 +1,189 @@
+"""Counting without a GPU: agrees with what a CPU measures, with a GPU's autocast, and with bitsandbytes' bytes."""
+
+import math
+from collections import Counter
+
+import bitsandbytes
+import pytest
+import torch
+from torch import nn
+
+from focusdpo_lib import params
+from focusdpo_lib.bench import __main__ as bench
+from focusdpo_lib.bench import cases, count, models, report
+from focusdpo_lib.bench.cases import Case
+from focusdpo_lib.bench.count import CPU, NOWHERE, PackedLinear, as_on_a_gpu, given_memory, without_contents
+from focusdpo_lib.bench.measure import held_bytes, operations, peak_bytes
+from focusdpo_lib.bench.steps import our_step
+from focusdpo_lib.training import draws
+
+CASES = [Case(model, "small", 2, again, "bfloat16") for model in ("flux", "sdxl") for again in (False, True)]
+named = {"ids": lambda value: value.name if isinstance(value, Case) else None}
+
+
+def ready(backbone, case):
+    """An adapter on it, and what a step of one pair draws."""
+    backbone.add_adapter(params.Training().lora.rank)
+    if case.checkpointing:
+        backbone.network.enable_gradient_checkpointing()
+    pairs = models.load_pairs(case, backbone, 1)
+    return backbone, pairs, draws({case.references: pairs}, params.Training(batch_size=1))(0)
+
+
+def test_bytes_live_as_long_as_their_tensors():
+    with without_contents() as live:
+        a = torch.empty(1000, dtype=torch.float32)  # 4000 bytes are 8 blocks of 512
+        assert live.now == live.peak == 4096
+        b = a[10:].view(-1)  # a view has no bytes of its own
+        del a
+        assert live.now == 4096
+        b = b + 1  # the sum is there before the old one goes
+        assert (live.now, live.peak) == (4096, 8192)
+        assert live.peak_of(b.double) == 4096 + 8192
+        del b
+        assert live.now == 0
+        assert live.peak_of(lambda: torch.empty(1)) == 512  # what was there before is past
+
+
+def test_activations_live_until_the_backward_has_used_them():
+    """y = w₂ (w₁ x): w₁'s backward needs x, w₂'s needs w₁ x, and both gradients are left."""
+    with without_contents() as live:
+        first, second = (nn.Linear(128, 128, bias=False) for _ in range(2))
+        x = torch.empty(128, 128)
+        square = 128 * 128 * 4
+        assert live.now == 3 * square
+        loss = second(first(x)).sum()
+        assert live.now == 3 * square + square + 512  # w₁ x, kept for w₂'s gradient, and the loss
+        loss.backward()
+        del loss
+        assert live.now == 5 * square
+
+
+@pytest.mark.parametrize("case", CASES, **named)
+def test_counts_agree_with_measurements_of_the_same_step(case, tmp_path):
+    backbone, pairs, draw = ready(models.load(case, CPU, tmp_path), case)
+    step = our_step(backbone, pairs, draw, "focusdpo")
+    step()
+    measured = peak_bytes(step, backbone.network) - held_bytes(backbone.network)
+    counted, *_ = ready(models.built(case, NOWHERE, tmp_path), case)
+    with without_contents() as live:
+        given_memory(counted, "bfloat16")
+        task = our_step(counted, pairs, draw, "focusdpo")
+        task()
+        assert live.now == pytest.approx(held_bytes(backbone.network), rel=0.02)  # whole blocks, gathered gradients
+        # A CPU's convolutions take room for themselves, which is not counted: a tenth with checkpointing, else 1 %.
+        assert live.peak_of(task) - live.now == pytest.approx(measured, rel=0.1 if case.checkpointing else 0.01)
+        assert operations(task) == operations(step, backbone.network)
+
+
+@pytest.mark.parametrize("model", ["flux", "sdxl"])
+def test_what_a_forward_keeps_is_what_a_gpu_s_autocast_keeps(model, tmp_path, monkeypatch):
+    """torch can pretend that fake tensors lie on a GPU, whose rules of autocast then hold; but it has no backward."""
+
+    def kept(device):
+        case = Case(model, "small", 2, False, "bfloat16")
+        backbone, pairs, draw = ready(models.built(case, NOWHERE, tmp_path), case)
+        with without_contents() as live, as_on_a_gpu():
+            backbone.network.to_empty(device=device)
+            backbone.device = torch.device(device)
+            condition = pairs.conditioning[draw.rows].to(device)
+            noised, t = torch.empty(pairs.win.shape, device=device), torch.empty(1, device=device)
+            before = Counter(live.sizes.values())
+            prediction = backbone.predict(noised, t, condition)
+            assert prediction.grad_fn is not None
+            return Counter(live.sizes.values()) - before
+
+    def flash(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
+        parts = [x.bfloat16() for x in (query, key, value)]
+        return torch.ops.aten._scaled_dot_product_flash_attention(*parts, dropout_p, is_causal, scale=scale)[0]
+
+    emulated = kept("cpu")
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    monkeypatch.setattr(count, "IN_FLOAT32", ())  # a GPU's autocast knows by itself
+    monkeypatch.setattr(count, "_fused_attention", flash)
+    on_a_gpu = kept("cuda")
+    total = sum(size * times for size, times in on_a_gpu.items())
+    differing = sum(size * times for size, times in ((emulated - on_a_gpu) + (on_a_gpu - emulated)).items())
+    assert total > 1e5
+    assert differing < 0.02 * total  # tables of positions and the like, which one device makes and the other is given
+
+
+@pytest.mark.parametrize("weights", ["nf4", "int8"])
+def test_a_packed_layer_holds_the_bytes_of_bitsandbytes(weights):
+    plain = nn.Linear(256, 384, dtype=torch.bfloat16)
+    if weights == "nf4":
+        real = bitsandbytes.nn.Linear4bit(256, 384, compress_statistics=False, quant_type="nf4")  # as diffusers does
+    else:
+        real = bitsandbytes.nn.Linear8bitLt(256, 384, has_fp16_weights=False)
+    real.load_state_dict(plain.state_dict())
+    real = real.to("cpu")
+    if weights == "int8":
+        real(torch.randn(2, 256))  # quantized when it is first used
+        held = [real.state.CB, real.state.SCB]
+    else:
+        held = [real.weight, real.weight.quant_state.absmax]
+    packed = PackedLinear(plain, weights)
+    expected = sum(tensor.numel() * tensor.element_size() for tensor in held)
+    assert held_bytes(packed) == expected + 384 * 2  # and the bias
+
+
+def test_a_packed_layer_keeps_what_bitsandbytes_keeps():
+    """NF4 nothing of the input, int8 the input; the unpacked matrix is there only while it multiplies."""
+    for weights, keeps in (("nf4", 0), ("int8", 1)):
+        with without_contents() as live:
+            layer = PackedLinear(nn.Linear(256, 256, bias=False, dtype=torch.bfloat16), weights)
+            x = torch.empty(64, 256, dtype=torch.bfloat16, requires_grad=True)
+            before = live.now
+            y, matrix, row = x * 1, 256 * 256 * 2, 64 * 256 * 2
+            assert live.now - before == row
+            before = live.now
+            z = layer(y)
+            assert live.now - before == row  # y is held by its name
+            del y
+            assert live.now - before == keeps * row
+            assert live.peak >= before + matrix
+            z.sum().backward()
+            assert x.grad.shape == x.shape
+
+
+@pytest.fixture
+def full_is_small(monkeypatch):
+    for model in ("flux", "sdxl"):
+        monkeypatch.setitem(cases.SIZES, (model, "full"), cases.SIZES[model, "small"])
+        monkeypatch.setitem(models.RESAMPLER, "full", models.RESAMPLER["small"])
+
+
+def test_full_sizes_are_counted_where_there_is_no_gpu(full_is_small, tmp_path, capsys):
+    bench.main(["--size", "full", "--only", "flux", "2ref", "nf4", "--out", str(tmp_path)])
+    bench.main(["--size", "full", "--only", "sdxl-full-1ref-bfloat16", "--out", str(tmp_path)])
+    found = report.read_results(tmp_path)
+    assert list(found) == ["flux-full-2ref-nf4", "flux-full-2ref-checkpointing-nf4", "sdxl-full-1ref-bfloat16"]
+    whole, again, other = found.values()
+    assert {entry["status"] for entry in found.values()} == {"counted"}
+    assert again["steps"]["focusdpo"]["peak_bytes"] < whole["steps"]["focusdpo"]["peak_bytes"]
+    assert again["steps"]["focusdpo"]["operations"] > whole["steps"]["focusdpo"]["operations"]
+    assert other["ratios"]["bytes saved"] > 0.8 * other["weights_bytes"]  # the plain reading's second copy of the base
+    assert other["optimizer_bytes"]["adamw"] == 4 * other["optimizer_bytes"]["adamw_8bit"]
+    page = (tmp_path / "README.md").read_text()
+    assert "## Counted: full size" in page
+    assert "| FocusDPO's step / DPO's, full size | ≤ 1.03 | – | unmeasured |" in page
+    assert "(1 case, counted) | met |" in page
+    bench.main(["--size", "full", "--only", "flux", "2ref", "nf4", "--out", str(tmp_path)])
+    assert capsys.readouterr().out.count("kept, taken before") == 2
+
+
+def test_packing_shrinks_the_base_and_spares_the_adapter(tmp_path):
+    case = Case("flux", "small", 1, False, "nf4")
+    sizes = {}
+    for weights in ("bfloat16", "int8", "nf4"):
+        backbone, *_ = ready(models.built(case, NOWHERE, tmp_path), case)
+        with without_contents():
+            given_memory(backbone, weights)
+            adapter = [p for n, p in backbone.network.named_parameters() if ".lora_" in n]
+            assert all(p.dtype == torch.float32 for p in adapter)
+            sizes[weights] = held_bytes(backbone.network) - held_bytes(nn.ParameterList(adapter))
+    linear = [m for m in backbone.network.modules() if isinstance(m, PackedLinear)]
+    weights = sum(math.prod(m.features) for m in linear)
+    assert sizes["bfloat16"] - sizes["int8"] == weights - sum(4 * m.features[0] for m in linear)
+    assert sizes["bfloat16"] - sizes["nf4"] == weights * 1.5 - weights / 64 * 4
