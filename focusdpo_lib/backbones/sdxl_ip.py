@@ -297,9 +297,11 @@ def _image_attention_hooks(taps, layer: int, attention: nn.Module, size: tuple[i
     """Hooks on a cross-attention's queries and on the keys of its image tokens; its grid follows from its length."""
     kept = {}
 
+    @torch.compiler.disable  # each layer's and step's hook is another: its block would be compiled anew for it
     def query_hook(module, inputs, output):
         kept["query"], kept["keys"] = output, []
 
+    @torch.compiler.disable
     def key_hook(module, inputs, output):
         queries = kept["query"]
         keys = output.flatten(1, 2) if output.ndim == 4 else output  # (B, S, 16, d) or (B, S · 16, d)

@@ -39,6 +39,7 @@ def position_ids(target: tuple[int, int], references: Sequence[tuple[int, int]],
 def output_hook(taps, layer: int, lengths: list[int]):
     """A block returns (text tokens, image tokens), both kinds of block alike."""
 
+    @torch.compiler.disable  # each layer's and step's hook is another: its block would be compiled anew for it
     def hook(module, inputs, output):
         target, *references = output[1].split(lengths, 1)
         taps(layer, target, references)
@@ -50,9 +51,11 @@ def query_key_hooks(taps, layer: int, attention: nn.Module, skipped: int, length
     """The target's queries and the references' keys as attention compares them: normalised, heads side by side."""
     kept = {}
 
+    @torch.compiler.disable
     def query_hook(module, inputs, output):
         kept["target"] = output[:, skipped : skipped + lengths[0]].flatten(2)
 
+    @torch.compiler.disable
     def key_hook(module, inputs, output):
         references = output[:, skipped + lengths[0] :].flatten(2).split(lengths[1:], 1)
         taps(layer, kept["target"], list(references))
