@@ -28,6 +28,7 @@ from focusdpo_lib.training import (
     Draw,
     TrainingError,
     _gradients,
+    _update,
     draw_timesteps,
     draws,
     generator,
@@ -502,6 +503,18 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(prepared, policy):
     assert found[0].abs().max() > 1e-3
     for gradient in found[1:]:
         assert torch.allclose(gradient, found[0], rtol=1e-2, atol=1e-3 * found[0].abs().max())
+
+
+def test_a_scaled_gradient_is_clipped_and_stepped_at_its_own_size():
+    """Adam forgives a wrong scale, clipping does not: plain descent shows both."""
+    for size, step in ((0.5, 0.5), (2.0, 1.0)):  # below the clip and above it
+        weight = torch.nn.Parameter(torch.zeros(2))
+        weight.grad = 2.0**12 * size * torch.tensor([0.6, -0.8])
+        optimizer = torch.optim.SGD([weight], lr=1.0)
+        training = settings(learning_rate=1.0, max_grad_norm=1.0)
+        norm = _update([weight], optimizer, training, 0, Accelerator(cpu=True), loss_scale=2.0**12)
+        assert norm.item() == pytest.approx(size)
+        assert weight.tolist() == pytest.approx([-0.6 * step, 0.8 * step], rel=1e-5)
 
 
 def test_a_checkpoint_of_another_adapter_is_refused(prepared, tiny_flux, tmp_path):
