@@ -410,6 +410,7 @@ def test_a_saved_adapter_comes_back_and_loads_in_a_plain_flux_pipeline(tiny_flux
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("error:Already found")
 def test_an_adapter_loads_on_top_of_the_subject_lora(tiny_flux, subject_lora, tmp_path):
     backbone = load_tiny(tiny_flux, subject_lora=str(subject_lora))
     backbone.add_adapter(4)

@@ -70,6 +70,14 @@ def compute_in(network: nn.Module, precision: torch.dtype) -> None:
             module.register_forward_pre_hook(cast)
 
 
+@contextmanager
+def _beside_others():
+    """Where our adapter joins the subject LoRA, peft warns that there is one already: rightly, and it is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        yield
+
+
 class Family:
     """What every backbone does alike; a family sets the attributes below and says how to encode, predict, denoise."""
 
@@ -118,8 +126,7 @@ class Family:
         """Puts a fresh LoRA on the network, the only (float32) weights with gradients; B = 0: no change yet."""
         config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=targets or self.targets)
         others = self._without_adapter()
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # the subject LoRA's, rightly
+        with torch.random.fork_rng(devices=[]), _beside_others():
             torch.manual_seed(seed)
             self.network.add_adapter(config, ADAPTER)
         self.network.set_adapter([*others, ADAPTER])
@@ -170,8 +177,9 @@ class Family:
         if not (Path(folder) / LORA_WEIGHT_NAME_SAFE).is_file():
             raise FileNotFoundError(f"{folder} holds no adapter ({LORA_WEIGHT_NAME_SAFE}): train it again")
         others = self._without_adapter()
-        self.network.load_lora_adapter(
-            folder, prefix=self.part, adapter_name=ADAPTER, weight_name=LORA_WEIGHT_NAME_SAFE, use_safetensors=True
-        )
+        with _beside_others():
+            self.network.load_lora_adapter(
+                folder, prefix=self.part, adapter_name=ADAPTER, weight_name=LORA_WEIGHT_NAME_SAFE, use_safetensors=True
+            )
         self.network.set_adapter([*others, ADAPTER])
         self.network.requires_grad_(False)
