@@ -1,5 +1,6 @@
 """Real models of tiny size with random weights, loaded as published ones are, and pairs to train on."""
 
+import diffusers.quantizers.bitsandbytes.bnb_quantizer as diffusers_bnb
 import pytest
 import torch
 from tiny_training import load_tiny, tiny_pairs
@@ -59,3 +60,18 @@ def pairs():
 @pytest.fixture(scope="session")
 def prepared(tiny_flux, pairs, patches):
     return prepare(load_tiny(tiny_flux), pairs, params.Masks(), patches=patches)
+
+
+@pytest.fixture
+def bitsandbytes_on_cpu(monkeypatch):
+    """bitsandbytes computes on a CPU, but diffusers lets it only where there is a GPU: the guard is lifted.
+
+    Its packed CPU format is for inference alone, and is taken by a frozen model in evaluation mode: it is kept off.
+    """
+    logging = pytest.importorskip("bitsandbytes.autograd._functions").logger
+    monkeypatch.setattr(logging, "disabled", True)
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+    for name in ("BnB4BitDiffusersQuantizer", "BnB8BitDiffusersQuantizer"):
+        quantizer = getattr(diffusers_bnb, name)
+        monkeypatch.setattr(quantizer, "validate_environment", lambda self, *a, **k: None)
+        monkeypatch.setattr(quantizer, "update_device_map", lambda self, device_map: device_map or {"": "cpu"})

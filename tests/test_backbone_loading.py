@@ -4,7 +4,6 @@ import http.server
 import json
 import threading
 
-import diffusers.quantizers.bitsandbytes.bnb_quantizer as diffusers_bnb
 import huggingface_hub
 import pytest
 import torch
@@ -137,21 +136,6 @@ def test_offline_a_model_loads_from_the_cache(tiny_flux, monkeypatch, tmp_path):
 
 
 # --- Less memory ---
-
-
-@pytest.fixture
-def bitsandbytes_on_cpu(monkeypatch):
-    """bitsandbytes computes on a CPU, but diffusers lets it only where there is a GPU: the guard is lifted.
-
-    Its packed CPU format is for inference alone, and is taken by a frozen model in evaluation mode: it is kept off.
-    """
-    logging = pytest.importorskip("bitsandbytes.autograd._functions").logger
-    monkeypatch.setattr(logging, "disabled", True)
-    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
-    for name in ("BnB4BitDiffusersQuantizer", "BnB8BitDiffusersQuantizer"):
-        quantizer = getattr(diffusers_bnb, name)
-        monkeypatch.setattr(quantizer, "validate_environment", lambda self, *a, **k: None)
-        monkeypatch.setattr(quantizer, "update_device_map", lambda self, device_map: device_map or {"": "cpu"})
 
 
 @pytest.mark.parametrize("family", FAMILIES)

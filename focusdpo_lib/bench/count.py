@@ -1,18 +1,19 @@
 """Full size without a GPU: a step's operations, and the bytes at its peak, counted on tensors without contents.
 
-torch's fake tensors have shapes, dtypes and lifetimes: the same code runs, and allocates and frees as it does on a GPU.
-Where a CPU would do otherwise than a GPU, the GPU's way is put in its place. Left out are the kernels' workspaces, what
-the allocator loses between blocks, and CUDA's own context.
+torch's fake tensors have shapes, dtypes and lifetimes: the same code runs, and what it holds is known at every moment.
+Where a CPU would take other dtypes or keep other tensors than a GPU, the GPU's way is put in its place. Left out are
+the kernels' workspaces, what the allocator loses, and CUDA's own context.
 """
 
 import copy
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from focusdpo_lib import params
-from focusdpo_lib.backbones import Backbone
+from focusdpo_lib.backbones import Backbone, SdxlIp
 from focusdpo_lib.bench import models
 from focusdpo_lib.bench.cases import Case
 from focusdpo_lib.bench.measure import Task, operations
@@ -30,7 +31,8 @@ from focusdpo_lib.training import draws
 CPU, NOWHERE = torch.device("cpu"), torch.device("meta")
 PACKED = {"nf4": (0.5, 64), "int8": (1, None)}  # bytes a weight, and weights to a float32 scale (None: a row's)
 BLOCK = 512  # bytes: a GPU's allocator hands out multiples of it
-IN_FLOAT32 = ("layer_norm", "group_norm")  # by a GPU's autocast and not by a CPU's, of what the models call
+# By a GPU's autocast and not by a CPU's, of what the models call; interpolate: SDXL doubles sizes by it.
+IN_FLOAT32 = ("layer_norm", "group_norm", "rms_norm", "interpolate")
 
 
 class LiveBytes(TorchDispatchMode):
@@ -74,8 +76,9 @@ def _in_float32(function: Callable) -> Callable:
     return wrapped
 
 
-def _fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
+def _fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     """One kernel in bfloat16 that keeps its inputs, output and sums for the backward, as a GPU's does."""
+    assert not enable_gqa, "no model here groups its queries"
     query, key, value = (x.bfloat16() for x in (query, key, value))
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return kernel(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
@@ -83,11 +86,9 @@ def _fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal
 
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
-    """Within this context a CPU's tensors take the dtypes and kernels that a GPU's autocast and attention have."""
-    with ExitStack() as stack:
-        for name in IN_FLOAT32:
-            stack.enter_context(patch.object(F, name, _in_float32(getattr(F, name))))
-        stack.enter_context(patch.object(F, "scaled_dot_product_attention", _fused_attention))
+    """Within this context a CPU's tensors take the dtypes that a GPU's autocast gives, and attention is one kernel."""
+    functions = {name: _in_float32(getattr(F, name)) for name in IN_FLOAT32}
+    with patch.multiple(F, scaled_dot_product_attention=_fused_attention, **functions):
         yield
 
 
@@ -130,14 +131,22 @@ class PackedProduct(torch.autograd.Function):
 
 
 def given_memory(backbone: Backbone, weights: str) -> Backbone:
-    """Moves a network from nowhere to where its bytes count, and packs the layers of its base."""
+    """Moves a network from nowhere to where its bytes count, and packs the layers of its base.
+
+    An IP-Adapter's own keys and values come after quantization, and stay as they are.
+    """
     backbone.network.to_empty(device=CPU)
+    if isinstance(backbone, SdxlIp):
+        backbone.resampler.to_empty(device=CPU)  # used by no step, but on the GPU
     backbone.device = CPU
-    names = [n for n, m in backbone.network.named_modules() if isinstance(m, nn.Linear) and ".lora_" not in n]
-    for name in names if weights in PACKED else ():
+    layers = {name: m for name, m in backbone.network.named_modules() if isinstance(m, nn.Linear)}
+    packed = [name for name in layers if ".lora_" not in name and "_ip." not in name] if weights in PACKED else []
+    for name in packed:
         parent, _, child = name.rpartition(".")
-        layer = PackedLinear(backbone.network.get_submodule(name), weights)
-        setattr(backbone.network.get_submodule(parent), child, layer)
+        outer = backbone.network.get_submodule(parent)
+        setattr(outer, child, PackedLinear(layers[name], weights))
+        if isinstance(outer, BaseTunerLayer):  # on bitsandbytes' layers peft leaves the dtype of its input to autocast
+            outer.cast_input_dtype_enabled = False
     return backbone
 
 
@@ -146,18 +155,19 @@ def counted(case: Case, batch: int, scratch: Path) -> dict:
     backbone = models.built(case, NOWHERE, scratch)
     twin = copy.deepcopy(backbone)
     backbone.add_adapter(params.Training().lora.rank)
-    for network in (backbone.network, twin.network) if case.checkpointing else ():
-        network.enable_gradient_checkpointing()
+    if case.checkpointing:
+        backbone.network.enable_gradient_checkpointing()
     pairs = models.load_pairs(case, backbone, batch)
     draw = draws({case.references: pairs}, params.Training(batch_size=batch))(0)
     with without_contents() as live, as_on_a_gpu():
         backbone = given_memory(backbone, case.weights)
         weights_bytes = live.now
-        floor = operations(winners_forward(backbone, pairs, draw, masked=False))
+        forward = operations(winners_forward(backbone, pairs, draw, masked=False))
         tasks = {name: our_step(backbone, pairs, draw, name) for name in OBJECTIVES}
-        steps = {name: _cost(task, live, floor * FLOOR[name]) for name, task in tasks.items()}
+        steps = {name: _cost(task, backbone, live, forward * FLOOR[name]) for name, task in tasks.items()}
         twin = given_memory(twin, case.weights)
-        steps["plain"] = _cost(plain_step(backbone, twin, pairs, draw), live, floor * FLOOR["plain"])
+        plain = plain_step(backbone, twin, pairs, draw)
+        steps["plain"] = _cost(plain, backbone, live, forward * FLOOR["plain"])
     ratios = {
         "operations, focusdpo / dpo": steps["focusdpo"]["operations"] / steps["dpo"]["operations"],
         "operations, plain / focusdpo": steps["plain"]["operations"] / steps["focusdpo"]["operations"],
@@ -169,10 +179,12 @@ def counted(case: Case, batch: int, scratch: Path) -> dict:
         "ratios": ratios,
         "weights_bytes": weights_bytes,
         "optimizer_bytes": optimizer_bytes(backbone),
-        "forward_operations": floor,
+        "forward_operations": forward,
     }
 
 
-def _cost(step: Task, live: LiveBytes, floor: int) -> dict:
+def _cost(step: Task, backbone: Backbone, live: LiveBytes, floor: int) -> dict:
+    for parameter in backbone.adapter_parameters():  # of the micro-batches before, where gradients are accumulated
+        parameter.grad = torch.zeros_like(parameter)
     peak, found = live.peak_of(step), operations(step)  # apart: torch's counter of operations holds on to tensors
     return {"peak_bytes": peak, "operations": found, "operations / floor": found / floor}

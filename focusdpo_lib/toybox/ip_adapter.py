@@ -73,7 +73,10 @@ def image_matrices(unet: UNet2DConditionModel) -> dict[int, dict[str, torch.Tens
 
 
 def new_ip_adapter(folder: Path, unet: UNet2DConditionModel, hidden: int = 128, **sizes) -> None:
-    """Writes an IP-Adapter with random weights for a U-Net that has none; `sizes` are the image encoder's."""
+    """Writes an IP-Adapter with random weights, in torch's default dtype, for a U-Net that has none.
+
+    `hidden` is the resampler's width; `sizes` are the image encoder's.
+    """
     encoder, width = build_image_encoder(**sizes), unet.config.cross_attention_dim
     resampler = IPAdapterPlusImageProjection(
         encoder.config.hidden_size, width, hidden, heads=hidden // 64, num_queries=TOKENS
@@ -82,4 +85,4 @@ def new_ip_adapter(folder: Path, unet: UNet2DConditionModel, hidden: int = 128, 
         number: {name: nn.Linear(width, attention.inner_dim, bias=False).weight for name in ("to_k_ip", "to_v_ip")}
         for number, attention in cross_attentions(unet).items()
     }
-    save_ip_adapter(folder, resampler, matrices, encoder)
+    save_ip_adapter(folder, resampler, matrices, encoder, torch.get_default_dtype())
