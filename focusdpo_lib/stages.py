@@ -124,7 +124,8 @@ def train_adapter(
                 job.facts |= {"processes": processes, "device": processes[0]["device"]}
                 job.facts["peak_memory_bytes"] = max(facts["peak_memory_bytes"] for facts in processes)
             where = job.facts.get("device") or provenance.device()["device"]
-            adapter_card.write(job.folder / ADAPTER, job.folder, backbone, objective, masks, training, where)
+            job.facts["backbone"] = used = backbones.pinned(backbone)
+            adapter_card.write(job.folder / ADAPTER, job.folder, used, objective, masks, training, where)
     (job.folder / CHECKPOINT).unlink(missing_ok=True)  # only now: a run without its marker may need it
     return job.folder
 
@@ -168,6 +169,7 @@ def generate_images(
             if adapter is not None:
                 model.load_adapter(Path(adapter) / ADAPTER)
             generate(model, benchmark, job.folder, generation)
+            job.facts["backbone"] = backbones.pinned(backbone)
     return job.folder
 
 

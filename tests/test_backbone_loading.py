@@ -133,6 +133,21 @@ def test_offline_a_model_loads_from_the_cache(tiny_flux, monkeypatch, tmp_path):
     use = params.Backbone(model="someone/tiny", revision=revision, precision="float32")
     assert len(backbones.load(use).transformer.transformer_blocks) == 2
     assert backbones.identity(use) == f"someone/tiny@{revision}"
+    assert backbones.pinned(use) == use
+
+
+def test_what_was_taken_without_a_revision_is_named_by_its_commit(tmp_path, monkeypatch):
+    """The hub's cache keeps in refs/main which commit "main" was when it was fetched."""
+    refs = tmp_path / "models--someone--lora" / "refs"
+    refs.mkdir(parents=True)
+    (refs / "main").write_text("89abcdef0123456789abcdef0123456789abcdef")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    use = params.Backbone(model="someone/tiny", revision="v1", subject_lora="someone/lora")
+    expected = {"subject_revision": "89abcdef0123456789abcdef0123456789abcdef"}
+    assert backbones.pinned(use) == use.model_copy(update=expected)
+    for other in ({"subject_lora": "nobody/knows"}, {"subject_lora": str(tmp_path)}, {"subject_lora": None}):
+        plain = use.model_copy(update=other)
+        assert backbones.pinned(plain) == plain
 
 
 # --- Less memory ---

@@ -9,7 +9,9 @@ from pathlib import Path
 import diffusers.utils.logging
 import torch
 import transformers.utils.logging
+from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError
 
 from focusdpo_lib import params
@@ -24,6 +26,7 @@ Backbone = FluxUno | SdxlIp
 
 SHIPPED = Path(__file__).parent.parent / "toybox" / "weights"
 FAMILIES = {"flux_uno": FluxUno, "sdxl_ip": SdxlIp}
+REVISIONS = {"model": "revision", "subject_lora": "subject_revision", "ip_adapter": "ip_revision"}
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*(?<!\.safetensors)")
 
 
@@ -49,6 +52,23 @@ def inputs(settings: params.Backbone) -> dict[str, Path | str]:
         if (value := getattr(settings, name)) is not None:
             found[name] = Path(value) if Path(value).exists() else value
     return found
+
+
+def pinned(settings: params.Backbone) -> params.Backbone:
+    """The settings with the commit, for every hub model without a revision, that the cache holds as its newest.
+
+    What was used once is known by it: a run's provenance and its adapter's card name it.
+    """
+    found = {}
+    for name, revision in REVISIONS.items():
+        source = model_path(settings) if name == "model" else getattr(settings, name)
+        if source and getattr(settings, revision) is None and HUB_ID.fullmatch(source) and not Path(source).exists():
+            newest = (
+                Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=source, repo_type="model") / "refs" / "main"
+            )
+            if newest.is_file():
+                found[revision] = newest.read_text(encoding="utf-8").strip()
+    return settings.model_copy(update=found)
 
 
 def load(settings: params.Backbone, device: str | torch.device = "cpu", parts: str = "all") -> Backbone:
