@@ -2,7 +2,9 @@
 
 import os
 import signal
+import socket
 import subprocess
+import sys
 import threading
 import time
 
@@ -32,7 +34,7 @@ def results(tmp_path_factory):
     return tmp_path_factory.mktemp("results")
 
 
-def train(results, model, name, **changes):
+def train(results, model, name, machines=None, **changes):
     return stages.train_adapter(
         results,
         name,
@@ -41,6 +43,7 @@ def train(results, model, name, **changes):
         params.Objective(),
         params.Masks(),
         params.section("training", TRAINING | {"steps": 4, "checkpoint_every": 2} | changes),
+        machines,
     )
 
 
@@ -57,6 +60,31 @@ def test_two_launched_processes_give_the_weights_of_one_that_accumulates(results
     made = launch.runs._read_json(folder / "provenance.json")
     assert len(made["processes"]) == 2 and all(p["peak_memory_bytes"] > 0 for p in made["processes"])
     assert len(list((results / "prepared").iterdir())) == 1, "both trainings share what was prepared"
+
+
+def test_two_machines_compute_what_two_processes_of_one_do(results, tiny_flux):
+    """Both machines are this one: they share its files and meet at a port of it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    several = params.Launch(machines=2, main_address="127.0.0.1", main_port=port)
+    folder = results / "training" / "machines"
+    first = threading.Thread(target=train, args=(results, tiny_flux, "machines", several), kwargs={"processes": 2})
+    first.start()
+    deadline = time.monotonic() + 100
+    while not (folder / launch.CONFIG).exists() and time.monotonic() < deadline:  # the pairs are prepared before
+        time.sleep(0.1)
+    (prepared,) = (results / "prepared").iterdir()
+    words = f"--processes 2 --machines 2 --machine-rank 1 --main-address 127.0.0.1 --main-port {port}"
+    command = [sys.executable, "-m", "focusdpo_lib.launch", str(folder), "--pairs", str(prepared), *words.split()]
+    second = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    first.join(100)
+    assert second.returncode == 0, second.stderr
+    assert is_complete(folder)
+    assert len(launch.runs._read_json(folder / "provenance.json")["processes"]) == 2
+    one = train(results, tiny_flux, "one", gradient_accumulation=2)
+    ours, theirs = load_file(folder / WEIGHTS), load_file(one / WEIGHTS)
+    assert all(torch.allclose(value, theirs[name], atol=1e-6) for name, value in ours.items())
 
 
 def test_what_the_user_once_answered_to_accelerate_config_is_not_taken(results, tiny_flux, tmp_path, monkeypatch):
