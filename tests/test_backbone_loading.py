@@ -150,6 +150,19 @@ def test_what_was_taken_without_a_revision_is_named_by_its_commit(tmp_path, monk
         assert backbones.pinned(plain) == plain
 
 
+def test_a_model_without_a_revision_stays_at_the_commit_that_was_first_fetched(tiny_flux, tmp_path, monkeypatch):
+    commit = "89abcdef0123456789abcdef0123456789abcdef"
+    (tmp_path / "models--someone--tiny" / "refs").mkdir(parents=True)
+    (tmp_path / "models--someone--tiny" / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    asked = []
+    monkeypatch.setattr(backbones.FluxUno, "from_pretrained", lambda model, **settings: asked.append(settings))
+    backbones.load(params.Backbone(model="someone/tiny"))
+    backbones.load(params.Backbone(model="someone/tiny", revision="v2"))
+    backbones.load(params.Backbone(model=str(tiny_flux)))
+    assert [settings["revision"] for settings in asked] == [commit, "v2", None]
+
+
 # --- Less memory ---
 
 

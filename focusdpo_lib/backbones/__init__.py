@@ -57,7 +57,7 @@ def inputs(settings: params.Backbone) -> dict[str, Path | str]:
 def pinned(settings: params.Backbone) -> params.Backbone:
     """The settings with the commit, for every hub model without a revision, that the cache holds as its newest.
 
-    What was used once is known by it: a run's provenance and its adapter's card name it.
+    So a model stays what it was when it was first fetched, wherever its hub moves on to, and provenance can name it.
     """
     found = {}
     for name, revision in REVISIONS.items():
@@ -77,6 +77,7 @@ def load(settings: params.Backbone, device: str | torch.device = "cpu", parts: s
     `parts` leaves out what is not needed: "encoders" is enough to prepare pairs, "network" to train on them. Raises
     BackboneError when a model, LoRA or IP-Adapter is missing, incomplete, gated or out of reach.
     """
+    settings = pinned(settings)
     model = model_path(settings)
     remedy = "run `make toybox-weights`" if settings.model == "toybox" else "correct backbone.model"
     _check(model, "model_index.json", f"the model {model}", remedy)
