@@ -1,6 +1,7 @@
 """The benchmark: its plain reading computes the same loss, its counts agree with sums by hand, its runs go on."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -344,6 +345,8 @@ def test_what_does_not_fit_is_said_and_the_run_goes_on(tmp_path, monkeypatch):
     entry = steps.attempted(case, CPU, 1, 1, tmp_path)
     assert entry["status"] == "measured" and entry["steps"]["focusdpo"]["seconds"] > 0
     assert entry["steps"]["plain"] == {"status": "does not fit"} and "bytes saved" not in entry["ratios"]
+    page = report.page({case.name: {"case": asdict(case), "machine": provenance.facts(), **entry}})
+    assert page.count("the plain reading does not fit") == 2
     monkeypatch.setattr(models, "load", too_large)
     bench.run([case], CPU, tmp_path)
     assert report.read_results(tmp_path)[case.name]["status"] == "does not fit"
