@@ -57,7 +57,7 @@ def inputs(settings: params.Backbone) -> dict[str, Path | str]:
 def pinned(settings: params.Backbone) -> params.Backbone:
     """The settings with the commit, for every hub model without a revision, that the cache holds as its newest.
 
-    So a model stays what it was when it was first fetched, wherever its hub moves on to, and provenance can name it.
+    So a model does not follow its hub unless something else fetches it anew, and provenance can name what was used.
     """
     found = {}
     for name, revision in REVISIONS.items():

@@ -126,7 +126,7 @@ def page(entries: dict[str, dict]) -> str:
     devices, commits, versions = (", ".join(_each(entries, what)) for what in (_device, _commit, _torch))
     parts = [
         f"# What a step costs: {devices}",
-        f"Commit {commits}, torch {versions}; written by `make bench`.",
+        f"Commit {commits}, torch {versions}; written by `python -m focusdpo_lib.bench`.",
         NOTES,
         "## Goals",
         goals_table(entries),
