@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 from focusdpo_lib import backbones, params, provenance
-from focusdpo_lib.backbones import HUB_ID
+from focusdpo_lib.backbones import is_hub_id
 from focusdpo_lib.checkpoints import LOG
 from focusdpo_lib.runs import write_text
 
@@ -90,7 +90,7 @@ def write(
     shown = {**training.model_dump(exclude={"lora"}), **objective.model_dump(include=set(USED[objective.name]))}
     shown |= masks.model_dump() if objective.name == "focusdpo" else {}
     text = CARD.format(
-        front=f"base_model: {backbone.model}\nbase_model_relation: adapter\n" if HUB_ID.fullmatch(model) else "",
+        front=f"base_model: {backbone.model}\nbase_model_relation: adapter\n" if is_hub_id(model) else "",
         objective=objective.name,
         name=NAMES[objective.name],
         model=model,
@@ -111,19 +111,20 @@ def write(
 
 def _name(model: str) -> str:
     """A hub id as it is; of a folder its last part, for a card must not show the paths of a machine."""
-    return model if HUB_ID.fullmatch(model) and not Path(model).exists() else Path(model).name
+    return model if is_hub_id(model) else Path(model).name
 
 
 def _loading(backbone: params.Backbone, model: str) -> str:
     """Python that loads base and adapter with diffusers alone."""
     weights = Path(backbone.ip_weights)
     subject = backbone.subject_lora and _name(backbone.subject_lora)
+    of_subject = f"revision={backbone.subject_revision!r}, " if backbone.subject_revision else ""
     return LOADING[backbone.family].format(
         model=model,
         revision=f"revision={backbone.revision!r}, " if backbone.revision else "",
         ip_revision=f"revision={backbone.ip_revision!r}, " if backbone.ip_revision else "",
         scale=backbone.ip_scale,
-        subject=f'pipeline.load_lora_weights({subject!r}, adapter_name="subject")\n' if subject else "",
+        subject=f'pipeline.load_lora_weights({subject!r}, {of_subject}adapter_name="subject")\n' if subject else "",
         both='pipeline.set_adapters(["subject", "policy"])\n' if subject else "",
         ip_adapter=_name(backbone.ip_adapter or f"{model}/ip_adapter"),
         subfolder=str(weights.parent),

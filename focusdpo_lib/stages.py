@@ -65,6 +65,7 @@ def prepare_pairs(
     Every training on the same pairs with the same backbone shares them, and none needs an encoder of its own.
     `own_process`: this one never touches a GPU, for it would keep a hold on memory that others need.
     """
+    backbone = backbones.pinned(backbone, results)
     inputs: dict[str, Path | str] = {"pairs": Path(pairs), **backbones.inputs(backbone)}
     if patch_encoder is not None:
         inputs["patch_encoder"] = Path(patch_encoder) if Path(patch_encoder).is_dir() else patch_encoder
@@ -103,6 +104,7 @@ def train_adapter(
 
     In this process or, where `training.processes` says how many, in child processes (see `launch`).
     """
+    backbone = backbones.pinned(backbone, results)
     settings = {"backbone": backbone, "objective": objective, "masks": masks, "training": training}
     inputs: dict[str, Path | str] = {"pairs": Path(pairs), **backbones.inputs(backbone)}
     encoder = toybox_folder("dino", objective.patch_encoder) if objective.name == "patchdpo" else None
@@ -124,8 +126,7 @@ def train_adapter(
                 job.facts |= {"processes": processes, "device": processes[0]["device"]}
                 job.facts["peak_memory_bytes"] = max(facts["peak_memory_bytes"] for facts in processes)
             where = job.facts.get("device") or provenance.device()["device"]
-            job.facts["backbone"] = used = backbones.pinned(backbone)
-            adapter_card.write(job.folder / ADAPTER, job.folder, used, objective, masks, training, where)
+            adapter_card.write(job.folder / ADAPTER, job.folder, backbone, objective, masks, training, where)
     (job.folder / CHECKPOINT).unlink(missing_ok=True)  # only now: a run without its marker may need it
     return job.folder
 
@@ -155,6 +156,7 @@ def generate_images(
     adapter: Path | None = None,
 ) -> Path:
     """Stage generation: a benchmark's images by the base (no adapter) or by a training run's adapter."""
+    backbone = backbones.pinned(backbone, results)
     benchmark = benchmark.first_prompts(generation.prompts)
     inputs: dict[str, Path | str] = {**backbones.inputs(backbone), "benchmark": benchmark.hash}
     if adapter is not None:
@@ -169,7 +171,6 @@ def generate_images(
             if adapter is not None:
                 model.load_adapter(Path(adapter) / ADAPTER)
             generate(model, benchmark, job.folder, generation)
-            job.facts["backbone"] = backbones.pinned(backbone)
     return job.folder
 
 

@@ -51,8 +51,6 @@ def test_a_complete_run_is_not_made_again(results, tiny_flux, pairs_run):
     assert (folder / ADAPTER).is_dir()
     assert not (folder / CHECKPOINT).exists()
     assert pd.read_csv(folder / LOG)["step"].max() == 2
-    made = json.loads((folder / "provenance.json").read_text())
-    assert made["backbone"]["model"] == str(tiny_flux) and "subject_revision" in made["backbone"]
     before = times(results)
     assert train(results, tiny_flux, pairs_run) == folder
     assert stages.build_pairs(results, "main", DIP) == pairs_run

@@ -1,7 +1,6 @@
 """The model families behind one small interface: what training, masks and generation may know of a model."""
 
 import logging
-import re
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,25 +8,22 @@ from pathlib import Path
 import diffusers.utils.logging
 import torch
 import transformers.utils.logging
-from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError
 
 from focusdpo_lib import params
 from focusdpo_lib.backbones.conditioning import Conditioning
 from focusdpo_lib.backbones.family import QUANTIZED
 from focusdpo_lib.backbones.flux_uno import FluxUno
+from focusdpo_lib.backbones.revisions import is_hub_id, pinned
 from focusdpo_lib.backbones.sdxl_ip import SdxlIp
 
-__all__ = ["Backbone", "BackboneError", "Conditioning", "FluxUno", "SdxlIp", "load"]
+__all__ = ["Backbone", "BackboneError", "Conditioning", "FluxUno", "SdxlIp", "is_hub_id", "load", "pinned"]
 
 Backbone = FluxUno | SdxlIp
 
 SHIPPED = Path(__file__).parent.parent / "toybox" / "weights"
 FAMILIES = {"flux_uno": FluxUno, "sdxl_ip": SdxlIp}
-REVISIONS = {"model": "revision", "subject_lora": "subject_revision", "ip_adapter": "ip_revision"}
-HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*(?<!\.safetensors)")
 
 
 class BackboneError(RuntimeError):
@@ -54,30 +50,12 @@ def inputs(settings: params.Backbone) -> dict[str, Path | str]:
     return found
 
 
-def pinned(settings: params.Backbone) -> params.Backbone:
-    """The settings with the commit, for every hub model without a revision, that the cache holds as its newest.
-
-    So a model does not follow its hub unless something else fetches it anew, and provenance can name what was used.
-    """
-    found = {}
-    for name, revision in REVISIONS.items():
-        source = model_path(settings) if name == "model" else getattr(settings, name)
-        if source and getattr(settings, revision) is None and HUB_ID.fullmatch(source) and not Path(source).exists():
-            newest = (
-                Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=source, repo_type="model") / "refs" / "main"
-            )
-            if newest.is_file():
-                found[revision] = newest.read_text(encoding="utf-8").strip()
-    return settings.model_copy(update=found)
-
-
 def load(settings: params.Backbone, device: str | torch.device = "cpu", parts: str = "all") -> Backbone:
     """The backbone that the settings name, frozen and in evaluation mode, on a device.
 
     `parts` leaves out what is not needed: "encoders" is enough to prepare pairs, "network" to train on them. Raises
     BackboneError when a model, LoRA or IP-Adapter is missing, incomplete, gated or out of reach.
     """
-    settings = pinned(settings)
     model = model_path(settings)
     remedy = "run `make toybox-weights`" if settings.model == "toybox" else "correct backbone.model"
     _check(model, "model_index.json", f"the model {model}", remedy)
@@ -143,7 +121,7 @@ def _check(name: str, needed: str, what: str, remedy: str) -> None:
     path = Path(name)
     if path.is_dir() and not (path / needed).exists():
         raise BackboneError(f"{what} is a folder without {needed}: {remedy}")
-    if not path.exists() and not HUB_ID.fullmatch(name):
+    if not path.exists() and not is_hub_id(name):
         raise BackboneError(f"{what} does not exist: {remedy}")
 
 

@@ -1,0 +1,126 @@
+"""A results folder stands on one commit of every hub model, whatever the hub or the cache say later."""
+
+import http.server
+import json
+import threading
+
+import huggingface_hub
+import pytest
+import yaml
+from conftest import build_tiny_flux
+from test_backbone_loading import uno  # noqa: F401 (a fixture)
+from tiny_training import TRAINING, tiny_pairs
+
+from focusdpo_lib import backbones, params, stages
+from focusdpo_lib.dip.dataset import write_dataset
+from focusdpo_lib.training import ADAPTER
+
+FIRST, LATER = "0123456789abcdef0123456789abcdef01234567", "89abcdef0123456789abcdef0123456789abcdef"
+
+
+class Cache:
+    """The cache as huggingface_hub lays it out: snapshots by commit, and in refs/main the newest that was fetched."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def add(self, name, commit):
+        """A new snapshot of a model, as when something fetched "main" anew; returns its folder."""
+        model = self.folder / f"models--{name.replace('/', '--')}"
+        snapshot = model / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        (model / "refs").mkdir(exist_ok=True)
+        (model / "refs" / "main").write_text(commit)
+        return snapshot
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    folder = tmp_path / "hub"
+    for module in ("constants", "_snapshot_download", "file_download"):
+        monkeypatch.setattr(f"huggingface_hub.{module}.HF_HUB_CACHE", str(folder), raising=False)
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.HF_HUB_CACHE", str(folder), raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return Cache(folder)
+
+
+def test_the_first_run_pins_and_later_ones_follow(cache, tmp_path):
+    cache.add("someone/lora", FIRST)
+    use = params.Backbone(model="someone/tiny", revision="v1", subject_lora="someone/lora")
+    at_first = use.model_copy(update={"subject_revision": FIRST})
+    assert backbones.pinned(use, tmp_path / "results") == at_first
+    assert backbones.pinned(at_first, tmp_path / "none") == at_first and not (tmp_path / "none").exists()
+    cache.add("someone/lora", LATER)
+    assert backbones.pinned(use, tmp_path / "results") == at_first
+    assert backbones.pinned(use, tmp_path / "others").subject_revision == LATER
+
+
+def test_what_is_no_hub_model_or_of_no_known_commit_stays_as_it_is(cache, tmp_path, monkeypatch):
+    (tmp_path / "my" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for model in ("toybox", "my/model", str(tmp_path / "my" / "model"), "nobody/knows"):
+        use = params.Backbone(model=model)
+        assert backbones.pinned(use, tmp_path / "results") == use
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_model_that_was_never_fetched_is_pinned_to_the_hub_s_newest(cache, tmp_path, monkeypatch):
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            model = {"id": "someone/lora", "sha": FIRST, "siblings": []}
+            body = json.dumps([] if "/tree/" in self.path else model).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *words):
+            pass
+
+    asked = []
+    server = http.server.HTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    for module in (huggingface_hub.constants, huggingface_hub.hf_api):
+        monkeypatch.setattr(module, "ENDPOINT", address, raising=False)
+    use = params.Backbone(subject_lora="someone/lora")
+    try:
+        assert backbones.pinned(use, tmp_path).subject_revision == FIRST
+        count = len(asked)
+        assert count and backbones.pinned(use, tmp_path).subject_revision == FIRST
+        assert len(asked) == count  # the second time nobody is asked
+    finally:
+        server.shutdown()
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    elsewhere = tmp_path / "elsewhere"
+    other = params.Backbone(subject_lora="someone/other")
+    assert backbones.pinned(other, elsewhere) == other  # out of reach
+
+
+def test_every_stage_takes_what_the_results_are_pinned_to(cache, uno, tmp_path):  # noqa: F811 (the fixture)
+    build_tiny_flux().save_pretrained(cache.add("someone/tiny", FIRST))
+    (cache.add("someone/lora", FIRST) / "dit_lora.safetensors").write_bytes(uno.read_bytes())
+    write_dataset(tmp_path / "pairs", {"train": tiny_pairs(4)})
+    use = params.Backbone(model="someone/tiny", subject_lora="someone/lora", precision="float32")
+
+    def train(name):
+        training = params.section("training", TRAINING | {"steps": 1})
+        objective = params.Objective(name="dpo")
+        return stages.train_adapter(
+            tmp_path / "results", name, tmp_path / "pairs", use, objective, params.Masks(), training
+        )
+
+    first = train("first")
+    cache.add("someone/tiny", LATER)  # of which nothing could be loaded: they are empty
+    cache.add("someone/lora", LATER)
+    assert train("first") == first
+    for folder in (first, train("second")):
+        kept = yaml.safe_load((folder / "params.yaml").read_text())["backbone"]
+        assert (kept["revision"], kept["subject_revision"]) == (FIRST, FIRST)
+        card = (folder / ADAPTER / "README.md").read_text()
+        assert f"from_pretrained('someone/tiny', revision='{FIRST}', " in card
+        assert f"load_lora_weights('someone/lora', revision='{FIRST}', adapter_name=" in card
+    made = [yaml.safe_load(path.read_text()) for path in (tmp_path / "results").glob("prepared/*/params.yaml")]
+    assert [one["backbone"]["revision"] for one in made] == [FIRST]
