@@ -3,6 +3,7 @@
 import http.server
 import json
 import threading
+from dataclasses import replace
 
 import huggingface_hub
 import pytest
@@ -13,6 +14,7 @@ from tiny_training import TRAINING, tiny_pairs
 
 from focusdpo_lib import backbones, params, stages
 from focusdpo_lib.dip.dataset import write_dataset
+from focusdpo_lib.evaluation.benchmark import Benchmark
 from focusdpo_lib.training import ADAPTER
 
 FIRST, LATER = "0123456789abcdef0123456789abcdef01234567", "89abcdef0123456789abcdef0123456789abcdef"
@@ -112,6 +114,8 @@ def test_every_stage_takes_what_the_results_are_pinned_to(cache, uno, tmp_path):
             tmp_path / "results", name, tmp_path / "pairs", use, objective, params.Masks(), training
         )
 
+    benchmark = Benchmark.load(stages.toybox_benchmark(tmp_path / "results"), "single")
+    benchmark = replace(benchmark, cases=benchmark.cases[:1])
     first = train("first")
     cache.add("someone/tiny", LATER)  # of which nothing could be loaded: they are empty
     cache.add("someone/lora", LATER)
@@ -122,5 +126,9 @@ def test_every_stage_takes_what_the_results_are_pinned_to(cache, uno, tmp_path):
         card = (folder / ADAPTER / "README.md").read_text()
         assert f"from_pretrained('someone/tiny', revision='{FIRST}', " in card
         assert f"load_lora_weights('someone/lora', revision='{FIRST}', adapter_name=" in card
-    made = [yaml.safe_load(path.read_text()) for path in (tmp_path / "results").glob("prepared/*/params.yaml")]
-    assert [one["backbone"]["revision"] for one in made] == [FIRST]
+    stages.generate_images(tmp_path / "results", "first", benchmark, use, params.Generation(steps=1), first)
+    made = [
+        *(tmp_path / "results").glob("prepared/*/params.yaml"),
+        *(tmp_path / "results").glob("generation/*/*/params.yaml"),
+    ]
+    assert [yaml.safe_load(path.read_text())["backbone"]["revision"] for path in made] == [FIRST, FIRST]
