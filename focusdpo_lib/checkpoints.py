@@ -1,10 +1,9 @@
 """What a training keeps on disk while it runs: one checkpoint file, and a log with one row a pair and step."""
 
 import csv
-import fcntl
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from focusdpo_lib.runs import NO_SPACE, RunError, atomic
+from focusdpo_lib.runs import NO_SPACE, RunError, atomic, locked
 
 LOG = "steps.csv"
 CHECKPOINT = "checkpoint.safetensors"
@@ -22,10 +21,9 @@ LOCK = ".training"
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Keeps other processes from training in the same folder; the system lets go of it however this process ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "w") as file:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(locked(folder / LOCK))
         except BlockingIOError:
             raise RunError(f"another process is training in {folder}: wait for it, or end it") from None
         yield

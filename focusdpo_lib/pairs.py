@@ -1,21 +1,22 @@
 """Preference pairs as a training step wants them: latents, conditioning and M_d, computed once per dataset."""
 
 import json
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from tqdm import tqdm
 
 from focusdpo_lib import params
 from focusdpo_lib.backbones import Backbone, Conditioning
 from focusdpo_lib.dip.dataset import DatasetError, Pair
 from focusdpo_lib.masks import detail_field, prior_tokens, to_grid
 from focusdpo_lib.objectives import patch_quality
-from focusdpo_lib.runs import atomic
+from focusdpo_lib.row_file import RowFile
 
 # Pixels (B, 3, H, W) in [-1, 1] → patch tokens (B, P, d) of a vision encoder, row-major on a square grid.
 PatchEncoder = Callable[[torch.Tensor], torch.Tensor]
@@ -57,25 +58,60 @@ def prepare(
     patches: PatchEncoder | None = None,
     batch_size: int | None = None,
 ) -> dict[int, PreparedPairs]:
-    """Prepares pairs, grouped by their number of references: a batch can only hold one number.
+    """Prepares pairs in memory, grouped by their number of references: a batch can only hold one number.
 
     `patches` is the vision encoder of PatchDPO's maps, needed for that objective alone; `batch_size` pairs are encoded
     at once (none: as many as their size allows). Raises DatasetError for a subject that covers no token (its K would
     be 0) and for images of sizes that cannot form one batch.
     """
-    order: dict[int, list[int]] = {}
+    groups, fitting = _groups(pairs, backbone.multiple)
+    size = batch_size or fitting
+    return {
+        count: _join([_prepare(backbone, [pairs[i] for i in rows], masks, patches) for rows in _batched(ids, size)])
+        for count, ids in groups.items()
+    }
+
+
+def prepare_into(
+    folder: Path,
+    backbone: Backbone,
+    pairs: Sequence[Pair],
+    masks: params.Masks,
+    *,
+    patches: PatchEncoder | None = None,
+    batch_size: int | None = None,
+) -> None:
+    """As `prepare`, batch by batch into a folder that `load` reads; one that was left unfinished goes on.
+
+    Memory holds one batch, whatever the number of pairs. A pair of FLUX at 512×512 takes 5 MB of disk, 4.2 as text.
+    """
+    groups, fitting = _groups(pairs, backbone.multiple)
+    with tqdm(total=len(pairs), desc="pairs", unit="pair", mininterval=5, delay=5, file=sys.stdout, ncols=90) as bar:
+        for count, ids in groups.items():
+            file = RowFile(Path(folder) / FILE.format(count), len(ids))
+            bar.update(file.rows)
+            for rows in _batched(list(ids)[file.rows :], batch_size or fitting):
+                batch = _prepare(backbone, [pairs[i] for i in rows], masks, patches)
+                facts = {"ids": json.dumps([*ids.values()]), "token_grid": json.dumps(batch.token_grid)}
+                file.append(_tensors(batch), facts)
+                bar.update(len(batch))
+
+
+def _groups(pairs: Sequence[Pair], multiple: int) -> tuple[dict[int, dict[int, str]], int]:
+    """By number of references the ids of the pairs, by index; and how many fit into one batch. Checks all sizes."""
+    groups: dict[int, dict[int, str]] = {}
     sizes: dict[int, tuple] = {}
     for i, pair in enumerate(pairs):
         count = len(pair.references)
-        order.setdefault(count, []).append(i)
-        _check_sizes(pair, sizes.setdefault(count, _sizes(pair)), backbone.multiple)
-    if batch_size is None:
-        batch_size = max([1, *(PIXELS // (height * width) for (height, width), *_ in sizes.values())])
-    return {
-        count: _join([_prepare(backbone, [pairs[i] for i in rows[at : at + batch_size]], masks, patches)
-                      for at in range(0, len(rows), batch_size)])
-        for count, rows in sorted(order.items())
-    }  # fmt: skip
+        groups.setdefault(count, {})[i] = pair.id
+        _check_sizes(pair, sizes.setdefault(count, _sizes(pair)), multiple)
+    fitting = max([1, *(PIXELS // (height * width) for (height, width), *_ in sizes.values())])
+    return dict(sorted(groups.items())), fitting
+
+
+def _batched(rows: Iterable[int], size: int) -> list[list[int]]:
+    rows = list(rows)
+    return [rows[at : at + size] for at in range(0, len(rows), size)]
 
 
 def _sizes(pair: Pair) -> tuple[tuple[int, int], ...]:
@@ -143,23 +179,18 @@ def _join(parts: list[PreparedPairs]) -> PreparedPairs:
     )
 
 
-def save(data: dict[int, PreparedPairs], folder: Path) -> None:
-    """Writes prepared pairs, one safetensors file for each number of references."""
-    for count, pairs in data.items():
-        condition = pairs.conditioning
-        tensors = {
-            **{name: getattr(pairs, name) for name in ("win", "lose", "prior_tokens", "detail", "quality")},
-            **{name: getattr(condition, name) for name in ("text", "pooled", "regions")},
-            **{f"reference_{i}": reference for i, reference in enumerate(condition.references)},
-        }
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
-        facts = {"ids": json.dumps(pairs.ids), "token_grid": json.dumps(pairs.token_grid)}
-        with atomic(Path(folder) / FILE.format(count)) as partial:
-            save_file(tensors, partial, facts)
+def _tensors(pairs: PreparedPairs) -> dict[str, torch.Tensor]:
+    condition = pairs.conditioning
+    tensors = {
+        **{name: getattr(pairs, name) for name in ("win", "lose", "prior_tokens", "detail", "quality")},
+        **{name: getattr(condition, name) for name in ("text", "pooled", "regions")},
+        **{f"reference_{i}": reference for i, reference in enumerate(condition.references)},
+    }
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def load(folder: Path) -> dict[int, PreparedPairs]:
-    """Reads what `save` wrote. The tensors stay on disk, mapped into memory: processes of one machine share them."""
+    """Reads what `prepare_into` wrote. The tensors stay on disk, mapped into memory that all processes share."""
     data = {}
     for path in sorted(Path(folder).glob(FILE.format("*"))):
         with safe_open(path, "pt") as file:

@@ -5,6 +5,7 @@ A run's folder holds `params.yaml` (resolved), `inputs.json` (what it read, by c
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ import yaml
 from focusdpo_lib import provenance
 
 PARAMS, INPUTS, PROVENANCE, MARKER = "params.yaml", "inputs.json", "provenance.json", "complete.json"
+LOCK = ".lock"
 PARTIAL = ".partial-"  # prefix of the folders that hold what is not whole yet
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Writers in C++, Rust and NumPy report a full disk without errno, in words of their own.
@@ -41,20 +43,46 @@ def atomic(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     folder = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # A hidden folder next to `path`: same file system, and no `*.png` of the parent finds what is not whole.
-        folder = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=path.parent))
-        yield folder / path.name
-        _replace(folder / path.name, path)
+        with full_disk_is_said(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # A hidden folder next to `path`: same file system, and no `*.png` of the parent finds what is not whole.
+            folder = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=path.parent))
+            yield folder / path.name
+            _replace(folder / path.name, path)
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def full_disk_is_said(path: Path) -> Iterator[None]:
+    """Within this context a full disk raises RunError, whoever noticed it and in whatever words."""
+    try:
+        yield
     except Exception as error:
         if _is_full(error, path.parent):
             raise RunError(
                 f"no space left to write {path}: free some disk space and run again; what was complete is kept"
             ) from error
         raise
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: Path, waiting: str | None = None) -> Iterator[None]:
+    """Holds a lock file, which the system lets go of however this process ends.
+
+    Where another process holds it: raises BlockingIOError or, given what to say meanwhile, waits.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waiting is None:
+                raise
+            print(waiting, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -151,6 +179,15 @@ class Run:
     def complete(self) -> bool:
         """Whether this very run (same parameters, same inputs) has ended."""
         return is_complete(self.folder) and _read_json(self.folder / MARKER)["fingerprint"] == self.fingerprint
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Waits while another process makes this run, and keeps others waiting; look at `complete` within."""
+        if self.complete:
+            yield
+        else:
+            with locked(self.folder / LOCK, f"another process makes {self.folder}: waiting for it"):
+                yield
 
     def start(self) -> None:
         """Writes params.yaml, or goes on with the unfinished run of the same parameters and inputs.

@@ -24,7 +24,7 @@ from focusdpo_lib.generation import IMAGES, generate
 from focusdpo_lib.launch import FACTS, command
 from focusdpo_lib.launch import run as run_processes
 from focusdpo_lib.memory import MemoryAdvice
-from focusdpo_lib.pairs import load, prepare, save
+from focusdpo_lib.pairs import load, prepare_into
 from focusdpo_lib.runs import Run, RunError, atomic, is_complete
 from focusdpo_lib.toybox.benchmark import write_benchmark
 from focusdpo_lib.training import ADAPTER, CHECKPOINT, train
@@ -46,9 +46,10 @@ def build_pairs(results: Path, run: str, dip: params.Dip) -> Path:
             raise RunError(f"dip.folder = {dip.folder} holds no train.parquet: correct it, or make the pairs first")
         return Path(dip.folder)
     job = Run(Path(results) / "dip" / run, {"dip": dip})
-    if not job.complete:
-        with job:
-            dip_toybox.build(dip, job.folder)
+    with job.alone():
+        if not job.complete:
+            with job:
+                dip_toybox.build(dip, job.folder)
     return job.folder
 
 
@@ -81,12 +82,13 @@ def prepare_pairs(
                     "the process that prepares the pairs was killed, most often for want of main memory: close other "
                     "programs, or train on fewer pairs"
                 ) from None
-    if not job.complete:
-        with job, MemoryAdvice(backbone, preparing=True):
-            model = backbones.load(backbone, device(), parts="encoders")
-            train_pairs = dataset.read_dataset(pairs, ["train"])["train"]
-            patches = DinoEncoder(patch_encoder, device()).patches if patch_encoder is not None else None
-            save(prepare(model, train_pairs, masks, patches=patches), job.folder)
+    with job.alone():
+        if not job.complete:
+            with job, MemoryAdvice(backbone, preparing=True):
+                model = backbones.load(backbone, device(), parts="encoders")
+                train_pairs = dataset.read_dataset(pairs, ["train"])["train"]
+                patches = DinoEncoder(patch_encoder, device()).patches if patch_encoder is not None else None
+                prepare_into(job.folder, model, train_pairs, masks, patches=patches)
     return job.folder
 
 

@@ -8,7 +8,7 @@ from tiny_training import TRAINING
 
 from focusdpo_lib import backbones, params
 from focusdpo_lib.backbones.family import ADAPTER as POLICY
-from focusdpo_lib.pairs import load, prepare, save
+from focusdpo_lib.pairs import load, prepare, prepare_into
 from focusdpo_lib.training import ADAPTER, new_tap, train
 
 FAMILIES = ("flux_uno", "sdxl_ip")
@@ -27,7 +27,7 @@ def prepared_by(models, pairs, patches, tmp_path_factory):
     for family, folder in models.items():
         encoders = backbones.load(settings(family, folder), parts="encoders")
         out = tmp_path_factory.mktemp(family)
-        save(prepare(encoders, pairs, params.Masks(), patches=patches), out)
+        prepare_into(out, encoders, pairs, params.Masks(), patches=patches)
         found[family] = load(out)
     return found
 

@@ -1,0 +1,132 @@
+"""Prepared pairs on disk: batch by batch, whole or unfinished, gone on with, and made by one process at a time."""
+
+import shutil
+import threading
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_training import tiny_pairs
+
+from focusdpo_lib import pairs as module
+from focusdpo_lib import params, row_file, stages
+from focusdpo_lib.dip.dataset import write_dataset
+from focusdpo_lib.pairs import load, prepare_into
+from focusdpo_lib.row_file import RowFile
+from focusdpo_lib.runs import LOCK, RunError, locked
+
+FACTS = {"ids": "[]"}
+
+
+def rows(start, stop):
+    """Rows start … stop of three tensors of every kind that is written."""
+    n = torch.arange(start, stop)
+    return {
+        "a": (n.view(-1, 1, 1) + torch.arange(6).view(2, 3) / 10).float(),
+        "b": (n.view(-1, 1) * torch.ones(5)).bfloat16(),
+        "c": n.view(-1, 1) % 3 == 0,
+    }
+
+
+@pytest.mark.parametrize("sizes", [[7], [3, 3, 1], [1] * 7])
+def test_a_row_file_is_the_safetensors_file_of_all_its_rows(sizes, tmp_path):
+    at = 0
+    for size in sizes:
+        file = RowFile(tmp_path / "x.safetensors", 7)  # as after a kill: what is known is on disk
+        assert file.rows == at and not file.path.exists()
+        file.append(rows(at, at + size), FACTS)
+        at += size
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == rows(0, 1).keys()
+    for name, expected in rows(0, 7).items():
+        assert found[name].dtype == expected.dtype and torch.equal(found[name], expected)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+    assert RowFile(tmp_path / "x.safetensors", 7).rows == 7
+
+
+def test_rows_count_once_they_are_safe(tmp_path, monkeypatch):
+    """A kill after the rows are written and before they are counted: they are written again."""
+    file = RowFile(tmp_path / "x.safetensors", 4)
+    file.append(rows(0, 2), FACTS)
+    monkeypatch.setattr(row_file, "write_text", lambda *words: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        file.append(rows(90, 92), FACTS)
+    monkeypatch.undo()
+    again = RowFile(tmp_path / "x.safetensors", 4)
+    assert again.rows == 2
+    again.append(rows(2, 4), FACTS)
+    assert torch.equal(load_file(again.path)["a"], rows(0, 4)["a"])
+
+
+def test_a_disk_without_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    expected = r"no space left to write .*x\.safetensors: it takes 0\.0 GB and 0\.0 GB are free"
+    with pytest.raises(RunError, match=expected):
+        RowFile(tmp_path / "x.safetensors", 4).append(rows(0, 2), FACTS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_preparation_goes_on_and_ends_the_same(backbone, patches, tmp_path, monkeypatch):
+    pairs, original, done = tiny_pairs(5), module._prepare, []
+
+    def prepare_all(folder, fail_at=None):
+        def watched(model, batch, *rest):
+            if len(done) == fail_at:
+                raise KeyboardInterrupt
+            done.append([pair.id for pair in batch])
+            return original(model, batch, *rest)
+
+        monkeypatch.setattr(module, "_prepare", watched)
+        done.clear()
+        prepare_into(folder, backbone, pairs, params.Masks(), patches=patches, batch_size=2)
+        return list(done)
+
+    for folder in ("whole", "broken"):
+        (tmp_path / folder).mkdir()
+    batches = prepare_all(tmp_path / "whole")
+    assert [len(batch) for batch in batches] == [2, 2, 1, 2, 2, 1]
+    with pytest.raises(KeyboardInterrupt):
+        prepare_all(tmp_path / "broken", fail_at=4)
+    assert [p.name for p in (tmp_path / "broken").glob("*.safetensors")] == ["references_1.safetensors"]
+    assert prepare_all(tmp_path / "broken") == batches[4:]
+    assert prepare_all(tmp_path / "broken") == []
+    for whole in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "broken" / whole.name).read_bytes() == whole.read_bytes()
+    assert load(tmp_path / "broken")[2].ids == tuple(pair for batch in batches[3:] for pair in batch)
+
+
+def test_memory_holds_one_batch(backbone, tmp_path, monkeypatch):
+    original, made = module._prepare, []
+
+    def watched(*arguments):
+        assert sum(batch() is not None for batch in made) <= 1  # the last, until the next replaces it
+        batch = original(*arguments)
+        made.append(weakref.ref(batch))
+        return batch
+
+    monkeypatch.setattr(module, "_prepare", watched)
+    prepare_into(tmp_path, backbone, tiny_pairs(4), params.Masks(), batch_size=1)
+    assert len(made) == 8
+
+
+def test_one_process_prepares_and_others_wait_for_it(tiny_flux, tmp_path, capsys, monkeypatch):
+    write_dataset(tmp_path / "pairs", {"train": tiny_pairs(2)})
+    backbone, results, folders = params.Backbone(model=str(tiny_flux), precision="float32"), tmp_path / "results", []
+
+    def prepare():
+        folders.append(stages.prepare_pairs(results, tmp_path / "pairs", backbone, params.Masks()))
+
+    prepare()
+    shutil.move(folders[0], tmp_path / "made")
+    other = threading.Thread(target=prepare)
+    with locked(folders[0] / LOCK):
+        other.start()
+        other.join(2)
+        assert other.is_alive() and [p.name for p in folders[0].iterdir()] == [LOCK]
+        shutil.copytree(tmp_path / "made", folders[0], dirs_exist_ok=True)  # what the first process made meanwhile
+        monkeypatch.setattr(stages, "prepare_into", None)
+    other.join(60)
+    assert folders[0] == folders[1]
+    assert f"another process makes {folders[0]}: waiting for it" in capsys.readouterr().out
