@@ -1,15 +1,17 @@
 """The benchmark: its plain reading computes the same loss, its counts agree with sums by hand, its runs go on."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from focusdpo_lib import backbones, params, provenance
+from focusdpo_lib.backbones import FluxUno, subject_lora
 from focusdpo_lib.bench import __main__ as bench
 from focusdpo_lib.bench import models, report, steps
 from focusdpo_lib.bench.cases import SIZES, Case, cases
@@ -264,6 +266,27 @@ def test_a_saved_random_model_loads_as_a_published_one_does(case, tmp_path):
     backbone.add_adapter(2)
     loss = step_objective(backbone, pairs, draw, params.Objective(), params.Masks())[0].loss
     assert loss.item() == pytest.approx(torch.log(torch.tensor(2.0)).item())
+
+
+def test_the_subject_lora_is_what_the_loader_makes_of_uno_s_file(tmp_path):
+    case = Case("flux", "small", 1, False, "bfloat16")
+    ours = models.load(case, CPU, tmp_path).network
+    pipeline, rank, state = models.build_pipeline(case, CPU), case.sizes.subject_rank, {}
+    for layer, (inputs, outputs) in subject_lora._layers(pipeline.transformer).items():
+        state[f"{layer}.down.weight"] = torch.randn(rank, inputs).bfloat16()
+        state[f"{layer}.up.weight"] = torch.randn(outputs, rank).bfloat16()
+    save_file(state, tmp_path / "dit_lora.safetensors")
+    subject_lora.load_subject_lora(pipeline, tmp_path / "dit_lora.safetensors")
+    loaded, built = (
+        {name: (p.shape, p.dtype, p.requires_grad) for name, p in network.named_parameters()}
+        for network in (pipeline.transformer.requires_grad_(False), ours)
+    )
+    assert built == loaded and any(".subject." in name for name in built)
+    full = models.build_pipeline(replace(case, size="full"), torch.device("meta"))
+    full = models.with_subject_lora(FluxUno(full, precision="bfloat16"), replace(case, size="full")).network
+    subject = sum(p.numel() for name, p in full.named_parameters() if ".subject." in name)
+    # 19 double blocks of 8 layers 3072 → 3072; 38 single ones of 3 such and one 15360 → 3072
+    assert subject == 512 * (19 * 8 * 6144 + 38 * (3 * 6144 + 18432)) == 1_195_376_640
 
 
 def test_each_subject_of_random_pairs_has_tokens_of_its_own(tmp_path):

@@ -227,7 +227,8 @@ def test_packing_shrinks_the_base_and_spares_the_adapter(tmp_path):
         with without_contents():
             given_memory(backbone, weights)
             adapter = [p for n, p in backbone.network.named_parameters() if ".lora_" in n]
-            assert all(p.dtype == torch.float32 for p in adapter)
+            assert {p.dtype for p in adapter if p.requires_grad} == {torch.float32}
+            assert {p.dtype for p in adapter if not p.requires_grad} == {torch.bfloat16}  # UNO's
             sizes[weights] = held_bytes(backbone.network) - held_bytes(nn.ParameterList(adapter))
     linear = [m for m in backbone.network.modules() if isinstance(m, PackedLinear)]
     weights = sum(math.prod(m.features) for m in linear)

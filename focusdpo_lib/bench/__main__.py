@@ -2,7 +2,7 @@
 
 Every case is written as soon as it is done; a run that was killed goes on where it was when it is started again.
 Without a GPU the full sizes (`--size full`) are counted, not measured: bytes and operations, no seconds. A case takes
-a minute on one core.
+two minutes on one core.
 """
 
 import argparse

@@ -14,7 +14,8 @@ class Sizes:
     """A model's configuration in diffusers' words, and the shapes of one sample.
 
     latents (C, h, w); text (tokens, width); pooled width; reference: the shape of each of 1 or 2 references; pairs:
-    how many a step takes (the paper takes one for each GPU; one does not fill a GPU with SDXL).
+    how many a step takes (the paper takes one for each GPU; one does not fill a GPU with SDXL); subject_rank: of UNO's
+    LoRA, a part of the base, which SDXL does without.
     """
 
     network: dict
@@ -23,6 +24,7 @@ class Sizes:
     pooled: int
     reference: dict[int, tuple[int, ...]]
     pairs: int
+    subject_rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ FLUX = Sizes(
     pooled=768,
     reference={1: (16, 64, 64), 2: (16, 40, 40)},  # long side 512 pixels, or 320 for several
     pairs=1,
+    subject_rank=512,
 )
 SMALL_FLUX = {
     "num_layers": 1,
@@ -111,9 +114,9 @@ SMALL_SDXL = {
 
 def small(full: Sizes, network: dict, latents: tuple[int, int, int], reference: dict[int, tuple[int, ...]]) -> Sizes:
     """The parts of `full` at a size for a CPU."""
-    return replace(
-        full, network=full.network | network, latents=latents, text=(12, 64), pooled=64, reference=reference, pairs=1
-    )
+    rank = full.subject_rank and 16  # a sixth of the width, as in the full size
+    settings = {"latents": latents, "text": (12, 64), "pooled": 64, "reference": reference, "subject_rank": rank}
+    return replace(full, network=full.network | network, pairs=1, **settings)
 
 
 SIZES = {

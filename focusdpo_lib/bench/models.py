@@ -9,9 +9,11 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, FluxTransformer2DModel, UNet2DConditionModel
+from peft import LoraConfig
 
 from focusdpo_lib import backbones, params
 from focusdpo_lib.backbones import Backbone, Conditioning, FluxUno, SdxlIp
+from focusdpo_lib.backbones.flux_uno import LORA_TARGETS
 from focusdpo_lib.bench.cases import Case
 from focusdpo_lib.dip.toybox import make_pair
 from focusdpo_lib.pairs import PreparedPairs, prepare
@@ -56,7 +58,7 @@ def built(case: Case, device: torch.device, scratch: Path) -> Backbone:
     """The random model of a case, unquantized, in the device's memory."""
     pipeline = build_pipeline(case, device)
     if case.model == "flux":
-        return FluxUno(pipeline.to(device), precision="bfloat16")
+        return with_subject_lora(FluxUno(pipeline.to(device), precision="bfloat16"), case)
     settings, folder = params.Backbone(), scratch / f"{IP_ADAPTER}-{case.size}"
     if not folder.exists():
         with atomic(folder) as partial:
@@ -66,6 +68,17 @@ def built(case: Case, device: torch.device, scratch: Path) -> Backbone:
         str(folder), subfolder=str(path.parent), weight_name=path.name, image_encoder_folder=settings.ip_encoder
     )
     return SdxlIp(pipeline.to(device), precision="bfloat16")
+
+
+def with_subject_lora(backbone: FluxUno, case: Case) -> FluxUno:
+    """The layers that UNO's file puts on FLUX, in the dtype it takes there: frozen, random, a tenth of the base."""
+    config = LoraConfig(r=case.sizes.subject_rank, target_modules=LORA_TARGETS, init_lora_weights=False)
+    backbone.network.add_adapter(config, "subject")
+    for name, parameter in backbone.network.named_parameters():
+        if ".subject." in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
+            parameter.requires_grad_(False)
+    return backbone
 
 
 def saved(case: Case, device: torch.device, scratch: Path) -> Path:
@@ -86,7 +99,8 @@ def load_saved(case: Case, device: torch.device, scratch: Path) -> Backbone:
     settings = {"model": str(folder), "weights": case.weights, "precision": "bfloat16"}
     settings |= {"family": "flux_uno"} if case.model == "flux" else {"family": "sdxl_ip"}
     settings |= {} if case.model == "flux" else {"ip_adapter": str(folder / IP_ADAPTER)}
-    return backbones.load(params.section("backbone", settings, "the benchmark"), device)
+    backbone = backbones.load(params.section("backbone", settings, "the benchmark"), device)
+    return with_subject_lora(backbone, case) if case.model == "flux" else backbone
 
 
 def load(case: Case, device: torch.device, scratch: Path) -> Backbone:
