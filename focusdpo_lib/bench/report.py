@@ -102,9 +102,9 @@ COUNTED = """\
 Not measured: the same steps run on tensors without contents, of which the bytes that are alive and the operations are
 counted (`python -m focusdpo_lib.bench --size full` where there is no GPU). Norms and attention take a GPU's dtypes and
 keep what its kernels keep; quantized layers hold what bitsandbytes holds, but for the outlier columns of int8's inputs,
-which depend on the data: its memory is at least this. UNO's LoRA and gradients of earlier micro-batches are there. Left
-out are the kernels' workspaces, what the allocator loses, and CUDA's own context: allow a few GB. Seconds, and with them
-every goal in seconds, stay unmeasured; at equal speed an operation, the ratio of seconds would be that of operations.
+which depend on the data: its memory is at least this. UNO's LoRA and gradients of earlier micro-batches are there; not
+the kernels' workspaces, what the allocator loses, and CUDA's own context: allow a few GB. Seconds, and with them every
+goal in seconds, stay unmeasured; at equal speed an operation, the ratio of seconds would be that of operations.
 """
 
 
