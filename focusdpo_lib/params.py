@@ -140,6 +140,8 @@ class Launch(Section):
 
 
 class Generation(Section):
+    references: Literal["listed", "all"] = "listed"  # what goes in: the photo that the case list names, or all of the
+    # subject's, as PatchDPO measured (one subject only)
     size: int = Field(64, gt=0)  # pixels, height and width
     reference_size: int = Field(32, gt=0)  # long side of a reference, in pixels, when there is one …
     references_size: int = Field(32, gt=0)  # … and when there are several

@@ -160,6 +160,7 @@ def generate_images(
     """Stage generation: a benchmark's images by the base (no adapter) or by a training run's adapter."""
     backbone = backbones.pinned(backbone, results)
     benchmark = benchmark.first_prompts(generation.prompts)
+    shown = benchmark.with_all_photos() if generation.references == "all" else benchmark
     inputs: dict[str, Path | str] = {**backbones.inputs(backbone), "benchmark": benchmark.hash}
     if adapter is not None:
         if not is_complete(adapter):
@@ -172,7 +173,7 @@ def generate_images(
             model = backbones.load(backbone, device())
             if adapter is not None:
                 model.load_adapter(Path(adapter) / ADAPTER)
-            generate(model, benchmark, job.folder, generation)
+            generate(model, shown, job.folder, generation)
     return job.folder
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,16 @@ def test_the_hash_follows_photos_prompts_and_selection_but_not_the_place(folder,
     photo = moved.subjects["cat"].photos[0]
     Image.new("RGB", (64, 64)).save(photo)
     assert Benchmark.load(tmp_path / "moved", "multi").photo_hash != whole.photo_hash
+
+
+def test_with_all_photos_every_photo_is_a_reference_and_nothing_else_changes(folder):
+    benchmark = Benchmark.load(folder, "single")
+    everything = benchmark.with_all_photos()
+    for case, other in zip(benchmark.cases, everything.cases, strict=True):
+        assert other == replace(case, references=benchmark.subjects[case.subjects[0]].photos)
+        assert set(case.references) < set(other.references)
+    with pytest.raises(BenchmarkError, match="set it to 'listed'"):
+        Benchmark.load(folder, "multi").with_all_photos()
 
 
 def test_first_prompts_keeps_the_ids_of_the_full_list(folder):

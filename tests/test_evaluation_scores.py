@@ -105,6 +105,15 @@ def test_an_image_is_scored_against_the_photos_that_the_switch_names(folder, tmp
     assert values(scores, "clip_i", case="0000") == values(scores, "dino", case="0000")
 
 
+@pytest.mark.parametrize("references", ["used", "unused"])
+def test_where_every_photo_went_in_all_are_scored_against(folder, tmp_path, references):
+    benchmark, everything = Benchmark.load(folder, "single"), params.section("generation", {"references": "all"})
+    images = generated(tmp_path, _0000_0=30, _0001_0=30, _0002_0=30)
+    with pytest.raises(BenchmarkError, match=f"evaluation.references cannot be '{references}' where every photo went"):
+        score_images(benchmark, images, ENCODERS, settings(references=references), everything)
+    assert len(score_images(benchmark, images, ENCODERS, settings(), everything))
+
+
 def test_clip_t_is_the_clamped_cosine_with_the_prompt_times_the_weight(folder, tmp_path):
     images = generated(tmp_path, _0000_0=210, _0001_0=40, _0002_0=60)  # prompts at 100°, 10°, 0°
     benchmark = Benchmark.load(folder, "single")

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_models import write_tiny_sdxl_ip
 from tiny_training import load_tiny
 
-from focusdpo_lib import generation, params
-from focusdpo_lib.evaluation.benchmark import Benchmark
+from focusdpo_lib import generation, params, stages
+from focusdpo_lib.backbones import SdxlIp
+from focusdpo_lib.evaluation.benchmark import Benchmark, BenchmarkError
 from focusdpo_lib.generation import generate, image_name, image_seed, reference_pixels
 from focusdpo_lib.toybox.benchmark import write_benchmark
 from focusdpo_lib.toybox.world import Identity, halve, photo
@@ -95,6 +97,29 @@ def test_the_references_are_what_the_sample_is_conditioned_on(backbone, folder, 
     changed = replace(benchmark, cases=(replace(case, references=(moved, case.references[1])),))
     made = images(generate(backbone, changed, tmp_path, settings(images_per_prompt=1)))
     assert (made[f"{case.id}_0.png"] != whole[f"{case.id}_0.png"]).mean() > 1e-2
+
+
+def test_all_photos_of_a_subject_go_in_where_they_are_asked_for(folder, tmp_path, monkeypatch):
+    """PatchDPO's setting, by the stage: the mean of the tokens of every photo, as IP-Adapter's `average` joins them."""
+    model = params.Backbone(family="sdxl_ip", model=str(write_tiny_sdxl_ip(tmp_path / "model")), image_tokens="average",
+                            precision="float32")  # fmt: skip
+    benchmark, asked = some_cases(folder, "single", 3), []
+    original = SdxlIp.condition
+    monkeypatch.setattr(SdxlIp, "condition", lambda self, *a: asked.append(original(self, *a)) or asked[-1])
+
+    def tokens(references):
+        made = stages.generate_images(tmp_path, references, benchmark, model, settings(steps=1, references=references))
+        return images(made / "images"), [c.references for c in asked]
+
+    listed, one = tokens("listed")
+    asked.clear()
+    everything, all_of_them = tokens("all")
+    photos = {case.id: len(benchmark.subjects[case.unit].photos) for case in benchmark.cases}
+    assert {len(references) for references in one} == {1}
+    assert {len(references) for references in all_of_them} == set(photos.values()) and min(photos.values()) > 1
+    assert listed.keys() == everything.keys() and any((listed[n] != everything[n]).any() for n in listed)
+    with pytest.raises(BenchmarkError, match=r"generation\.references 'all' is for cases of one subject"):
+        stages.generate_images(tmp_path, "multi", some_cases(folder), model, settings(references="all"))
 
 
 # --- Interruptions ---

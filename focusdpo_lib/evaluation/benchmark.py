@@ -33,7 +33,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Case:
-    """One prompt with one reference photo a subject; `id` is its place in the case list."""
+    """One prompt with a reference photo a subject, or with all of one's; `id` is its place in the case list."""
 
     id: str
     prompt: str
@@ -104,6 +104,15 @@ class Benchmark:
             if count is None or seen[case.unit] <= count:
                 kept.append(case)
         return replace(self, cases=tuple(kept))
+
+    def with_all_photos(self) -> "Benchmark":
+        """The same benchmark with every photo of the subject as a reference. Raises BenchmarkError for two subjects."""
+        if self.kind != "single":
+            raise BenchmarkError(
+                "generation.references 'all' is for cases of one subject, as PatchDPO measured: set it to 'listed'"
+            )
+        cases = (replace(case, references=self.subjects[case.unit].photos) for case in self.cases)
+        return replace(self, cases=tuple(cases))
 
 
 def read_prompts_and_classes(path: Path) -> tuple[dict[str, str], dict[str, list[str]]]:

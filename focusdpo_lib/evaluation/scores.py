@@ -30,8 +30,14 @@ def score_images(
 ) -> pd.DataFrame:
     """Scores <folder>/<case>_<index>.png of every case; `generation` says how they were made (None: an anchor's).
 
-    Raises FileNotFoundError that lists the missing images: none is skipped.
+    Raises FileNotFoundError that lists the missing images: none is skipped. BenchmarkError where `settings` tells the
+    photos that went in from the others and all of them did.
     """
+    if generation and generation.references == "all" and settings.references != "all":
+        raise BenchmarkError(
+            f"evaluation.references cannot be '{settings.references}' where every photo went in "
+            "(generation.references all): set it to 'all'"
+        )
     folder, count = Path(folder), generation.images_per_prompt if generation else 1
     sources = {(case, k): folder / f"{case.id}_{k}.png" for case in benchmark.cases for k in range(count)}
     missing = [path.name for path in sources.values() if not path.is_file()]
