@@ -431,6 +431,7 @@ def test_a_missing_or_wrong_folder_is_named_in_one_sentence(tmp_path):
     missing = f"{tmp_path}/nothing"
     assert refusal(model=missing) == f"the model {missing} does not exist: correct backbone.model"
     assert refusal(model="./nothing/here") == "the model ./nothing/here does not exist: correct backbone.model"
+    assert refusal(model="some--one/model") == "the model some--one/model does not exist: correct backbone.model"
     assert "without model_index.json" in refusal(model=str(tmp_path))
 
 

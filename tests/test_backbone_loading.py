@@ -123,7 +123,7 @@ def test_offline_what_is_not_in_the_cache_is_named(tiny_flux, monkeypatch, tmp_p
     assert "not/cached cannot be loaded (not in the cache, and the hub is out of reach): go online once" in message
 
 
-def test_offline_a_model_loads_from_the_cache(tiny_flux, monkeypatch, tmp_path):
+def test_offline_a_model_loads_from_the_cache(tiny_flux, monkeypatch, tmp_path, capfd):
     """The cache as huggingface_hub lays it out: snapshots under the commit that a pinned revision names."""
     revision = "0123456789abcdef0123456789abcdef01234567"
     cache = tmp_path / "hub"
@@ -133,7 +133,9 @@ def test_offline_a_model_loads_from_the_cache(tiny_flux, monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr("diffusers.pipelines.pipeline_utils.HF_HUB_CACHE", str(cache), raising=False)
     use = params.Backbone(model="someone/tiny", revision=revision, precision="float32")
+    capfd.readouterr()
     assert len(backbones.load(use).transformer.transformer_blocks) == 2
+    assert capfd.readouterr() == ("", "")  # no progress bars for what is here, no complaint that the hub is not
     assert backbones.identity(use) == f"someone/tiny@{revision}"
 
 

@@ -60,7 +60,7 @@ def test_the_first_run_pins_and_later_ones_follow(cache, tmp_path):
 def test_what_is_no_hub_model_or_of_no_known_commit_stays_as_it_is(cache, tmp_path, monkeypatch):
     (tmp_path / "my" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    for model in ("toybox", "my/model", str(tmp_path / "my" / "model"), "nobody/knows"):
+    for model in ("toybox", "my/model", str(tmp_path / "my" / "model"), "nobody/knows", "some--one/x"):
         use = params.Backbone(model=model)
         assert backbones.pinned(use, tmp_path / "results") == use
     assert not (tmp_path / "results").exists()

@@ -8,6 +8,7 @@ from pathlib import Path
 import diffusers.utils.logging
 import torch
 import transformers.utils.logging
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 
@@ -24,6 +25,9 @@ Backbone = FluxUno | SdxlIp
 
 SHIPPED = Path(__file__).parent.parent / "toybox" / "weights"
 FAMILIES = {"flux_uno": FluxUno, "sdxl_ip": SdxlIp}
+
+
+INDEX = "model_index.json"  # in the folder of every pipeline
 
 
 class BackboneError(RuntimeError):
@@ -58,16 +62,17 @@ def load(settings: params.Backbone, device: str | torch.device = "cpu", parts: s
     """
     model = model_path(settings)
     remedy = "run `make toybox-weights`" if settings.model == "toybox" else "correct backbone.model"
-    _check(model, "model_index.json", f"the model {model}", remedy)
+    _check(model, INDEX, f"the model {model}", remedy)
     extras = _extras(settings)
     for name, needed in (("subject_lora", ""), ("ip_adapter", settings.ip_weights)):
         if (source := extras.get(name)) is not None:
             _check(source, needed, f"the {WORDS[name]} {source}", f"correct backbone.{name}")
     if settings.weights in QUANTIZED and find_spec("bitsandbytes") is None:
         raise BackboneError(f"backbone.weights {settings.weights} needs bitsandbytes: install the extra [quantized]")
-    _quiet(downloads=not Path(model).is_dir())
     shared = {"precision": settings.precision, "weights": settings.weights, "revision": settings.revision}
     try:
+        here = Path(model).is_dir() or isinstance(try_to_load_from_cache(model, INDEX, revision=settings.revision), str)
+        _quiet(downloads=not here)
         return FAMILIES[settings.family].from_pretrained(model, device=device, parts=parts, **shared, **extras)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
@@ -126,7 +131,7 @@ def _check(name: str, needed: str, what: str, remedy: str) -> None:
 
 
 def _quiet(downloads: bool) -> None:
-    """A folder loads in a moment and needs no progress bars; a download keeps them."""
+    """What is on this machine loads in a moment and needs no progress bars; a download keeps them."""
     if not downloads:
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
@@ -136,9 +141,12 @@ def _quiet(downloads: bool) -> None:
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
 
 
-# What diffusers warns of and is meant: a cast that spares no module, no image encoder where training needs none, and
-# half precision on a CPU, which is slow but right.
-MEANT = ("kept in float32: []", "image_encoder is not loaded since", "cannot run with `cpu` device")
+# What diffusers warns of and is meant: a cast that spares no module, no image encoder where training needs none, half
+# precision on a CPU, which is slow but right, and the cache in place of a hub out of reach: else, an error follows.
+MEANT = (
+    *("kept in float32: []", "image_encoder is not loaded since", "cannot run with `cpu` device"),
+    "Couldn't connect to the Hub",
+)
 
 
 def _says_something(record: logging.LogRecord) -> bool:

@@ -9,7 +9,7 @@ from huggingface_hub.file_download import repo_folder_name
 from focusdpo_lib import params
 from focusdpo_lib.runs import write_text
 
-HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*(?<!\.safetensors)")
+HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*(?<!\.safetensors)")
 REVISIONS = {"model": "revision", "subject_lora": "subject_revision", "ip_adapter": "ip_revision"}
 PINS = "revisions"  # in a results folder: a file for each hub model that the settings give no revision of
 
