@@ -29,19 +29,30 @@ class RowFile:
         self.path, self.total = path, total
         self.part, self.progress = path.with_suffix(PART), path.with_suffix(PROGRESS)
         self.rows = total if path.exists() else self._done()
+        self._finish()
 
     def _done(self) -> int:
         """The rows that are safely in the unfinished file."""
         return int(self.progress.read_text()) if self.part.exists() and self.progress.exists() else 0
 
+    def _finish(self) -> None:
+        """Gives the file its name once it has all rows; a kill may have come between."""
+        if self.rows == self.total:
+            if self.part.exists():
+                os.replace(self.part, self.path)
+            self.progress.unlink(missing_ok=True)
+
     def append(self, tensors: dict[str, torch.Tensor], facts: dict[str, str]) -> None:
-        """Adds rows, durably. Raises RunError where the disk has no room, for all rows before the first is written."""
+        """Adds rows, durably. Raises RunError where the disk has no room, for all rows before the first is written; and
+        where the rows are not of the kind of those in the file.
+        """
         with full_disk_is_said(self.path):
             if self.rows == 0:
                 self._begin(tensors, facts)
             with open(self.part, "r+b") as file:
                 length = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(length))
+                self._check(header, tensors)
                 for name, tensor in tensors.items():
                     start = 8 + length + header[name]["data_offsets"][0]
                     file.seek(start + self.rows * tensor[0].nbytes)
@@ -50,11 +61,16 @@ class RowFile:
                 os.fsync(file.fileno())
             self.rows += len(next(iter(tensors.values())))
             write_text(self.progress, str(self.rows))
-        if self.rows == self.total:
-            os.replace(self.part, self.path)
-            self.progress.unlink()
+        self._finish()
+
+    def _check(self, header: dict, tensors: dict[str, torch.Tensor]) -> None:
+        there = {name: (entry["dtype"], entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+        here = {name: (DTYPES[x.dtype], [self.total, *x.shape[1:]]) for name, x in tensors.items()}
+        if there != here:
+            raise RunError(f"{self.part} was begun with other tensors ({there}, now {here}): delete it and run again")
 
     def _begin(self, tensors: dict[str, torch.Tensor], facts: dict[str, str]) -> None:
+        self.progress.unlink(missing_ok=True)  # of a file that somebody deleted
         header, size = {"__metadata__": facts}, 0
         for name, tensor in tensors.items():
             shape = [self.total, *tensor.shape[1:]]

@@ -2,7 +2,10 @@
 
 import json
 import math
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -13,7 +16,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransfo
 from safetensors.torch import load_file, save_file
 from tiny_training import load_tiny, refusal
 
-from focusdpo_lib.backbones import Conditioning, FluxUno, parity
+from focusdpo_lib.backbones import BackboneError, Conditioning, FluxUno, parity
 from focusdpo_lib.backbones.tokens import pack, position_ids, unpack
 
 FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures" / "uno"
@@ -111,24 +114,6 @@ def test_position_ids_are_uno_s(uno):
 
 
 @needs_fixtures
-def test_a_prediction_is_uno_s_to_1e_5(uno):
-    backbone, io = uno
-    with torch.no_grad():
-        ours = backbone.predict(io["target_latents"], io["timestep"], recorded_condition(io), guidance=4.0)
-    assert (pack(ours) - io["prediction_packed"]).abs().max() < 1e-5
-    assert io["prediction_packed"].abs().max() > 0.1
-
-
-@needs_fixtures
-def test_five_steps_of_sampling_are_uno_s_to_1e_5(uno):
-    backbone, io = uno
-    times = backbone.sampling_times(io["target_latents"].shape, 5)
-    assert (times - io["sampling_timesteps"]).abs().max() < 1e-5
-    ours = backbone.denoise(io["target_latents"], recorded_condition(io), 5, guidance=4.0)
-    assert (pack(ours) - io["denoised_packed"]).abs().max() < 1e-5
-
-
-@needs_fixtures
 def test_full_size_schedules_of_sampling_and_training_are_uno_s(uno):
     backbone, _ = uno
     recorded = json.loads((FIXTURES / "schedules.json").read_text())
@@ -149,21 +134,35 @@ def test_the_library_s_own_shift_counts_tokens_rightly():
         assert times[1].item() == pytest.approx(expected, abs=1e-6)
 
 
+def run_parity(*folders):
+    """In a process of its own, as a user does: MKL's path for all processors must be chosen before it computes."""
+    words = [sys.executable, "-m", "focusdpo_lib.backbones.parity", *map(str, folders)]
+    return subprocess.run(words, capture_output=True, text=True)
+
+
 @needs_fixtures
-def test_parity_prints_every_deviation_and_fails_above_1e_5(tmp_path, capsys):
-    assert parity.main([str(FIXTURES / case) for case in CASES]) == 0
-    printed = capsys.readouterr().out
-    for name in ("position ids", "prediction", "sampling times", "sampled latents"):
-        assert printed.count(name) == 2
+def test_ids_prediction_and_sampling_run_are_uno_s_to_1e_5():
+    found = run_parity(*(FIXTURES / case for case in CASES))
+    assert found.returncode == 0, found.stdout + found.stderr
+    lines = re.findall(r"^(\w+): (.+?) +(\S+e-?\S+)$", found.stdout, re.MULTILINE)
+    names = ["position ids", "prediction", "sampling times", "sampled latents"]
+    assert [line[:2] for line in lines] == [(case, name) for case in CASES for name in names]
+    assert max(float(deviation) for *_, deviation in lines) < 1e-5
+    for case in CASES:
+        assert load_file(FIXTURES / case / "io.safetensors")["prediction_packed"].abs().max() > 0.1
+
+
+@needs_fixtures
+def test_parity_fails_above_1e_5_and_where_a_file_is_missing(tmp_path):
     changed = tmp_path / "changed"
     shutil.copytree(FIXTURES / "case1", changed)
     io = load_file(changed / "io.safetensors")
     save_file(io | {"denoised_packed": io["denoised_packed"] + 2e-5}, changed / "io.safetensors")
-    assert parity.main([str(changed)]) == 1
-    assert "ABOVE" in capsys.readouterr().out
+    found = run_parity(changed)
+    assert found.returncode == 1 and "ABOVE" in found.stdout
     (changed / "uno_lora.safetensors").unlink()
-    assert parity.main([str(changed)]) == 1
-    assert "lacks uno_lora.safetensors" in capsys.readouterr().err
+    with pytest.raises(BackboneError, match=r"lacks uno_lora\.safetensors"):
+        parity.load_case(changed)
 
 
 # --- What the backbone computes ---

@@ -60,6 +60,47 @@ def test_rows_count_once_they_are_safe(tmp_path, monkeypatch):
     assert torch.equal(load_file(again.path)["a"], rows(0, 4)["a"])
 
 
+def test_a_kill_between_the_last_row_and_the_name_loses_nothing(tmp_path, monkeypatch):
+    file = RowFile(tmp_path / "x.safetensors", 4)
+    monkeypatch.setattr(row_file.os, "replace", lambda *words: 1 / 0 if words[1] == file.path else os_replace(*words))
+    os_replace = shutil.os.rename
+    with pytest.raises(ZeroDivisionError):
+        file.append(rows(0, 4), FACTS)
+    monkeypatch.undo()
+    assert not file.path.exists()
+    assert RowFile(file.path, 4).rows == 4
+    assert torch.equal(load_file(file.path)["a"], rows(0, 4)["a"])
+    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_a_count_without_its_file_counts_for_nothing(tmp_path, monkeypatch):
+    """Somebody deleted the unfinished file, and the next try is killed before its first row."""
+    path = tmp_path / "x.safetensors"
+    RowFile(path, 4).append(rows(0, 2), FACTS)
+    RowFile(path, 4).part.unlink()
+    monkeypatch.setattr(row_file.os, "fsync", lambda file: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        RowFile(path, 4).append(rows(0, 2), FACTS)
+    assert RowFile(path, 4).rows == 0
+
+
+@pytest.mark.parametrize("other", ["dtype", "shape", "missing", "total"])
+def test_rows_of_another_kind_do_not_mix(tmp_path, other):
+    path = tmp_path / "x.safetensors"
+    RowFile(path, 4).append(rows(0, 2), FACTS)
+    more, total = rows(2, 4), 4
+    if other == "dtype":
+        more["b"] = more["b"].half()
+    elif other == "shape":
+        more["b"] = more["b"][:, :4]
+    elif other == "missing":
+        del more["c"]
+    else:
+        total = 5
+    with pytest.raises(RunError, match=r"x\.part was begun with other tensors .*: delete it and run again"):
+        RowFile(path, total).append(more, FACTS)
+
+
 def test_a_disk_without_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
     expected = r"no space left to write .*x\.safetensors: it takes 0\.0 GB and 0\.0 GB are free"

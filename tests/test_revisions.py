@@ -70,8 +70,7 @@ def test_a_model_that_was_never_fetched_is_pinned_to_the_hub_s_newest(cache, tmp
     class Hub(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             asked.append(self.path)
-            model = {"id": "someone/lora", "sha": FIRST, "siblings": []}
-            body = json.dumps([] if "/tree/" in self.path else model).encode()
+            body = json.dumps({"id": "someone/lora", "sha": FIRST}).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -85,8 +84,7 @@ def test_a_model_that_was_never_fetched_is_pinned_to_the_hub_s_newest(cache, tmp
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    for module in (huggingface_hub.constants, huggingface_hub.hf_api):
-        monkeypatch.setattr(module, "ENDPOINT", address, raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
     use = params.Backbone(subject_lora="someone/lora")
     try:
         assert backbones.pinned(use, tmp_path).subject_revision == FIRST
@@ -95,10 +93,55 @@ def test_a_model_that_was_never_fetched_is_pinned_to_the_hub_s_newest(cache, tmp
         assert len(asked) == count  # the second time nobody is asked
     finally:
         server.shutdown()
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    elsewhere = tmp_path / "elsewhere"
-    other = params.Backbone(subject_lora="someone/other")
-    assert backbones.pinned(other, elsewhere) == other  # out of reach
+
+
+class Silent(http.server.BaseHTTPRequestHandler):
+    """A server that hangs up."""
+
+    def do_GET(self):
+        pass
+
+    def log_message(self, *words):
+        pass
+
+
+class Portal(Silent):
+    """A captive portal: every page is its own."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"<html>Log in</html>")
+
+
+@pytest.mark.parametrize("answering", [None, Silent, Portal])
+def test_a_hub_that_cannot_be_asked_leaves_the_settings_as_they_are(answering, cache, tmp_path, monkeypatch):
+    server = answering and http.server.HTTPServer(("127.0.0.1", 0), answering)
+    if server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(
+        huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port if server else 9}"
+    )
+    use = params.Backbone(subject_lora="someone/lora")
+    try:
+        assert backbones.pinned(use, tmp_path) == use
+    finally:
+        if server:
+            server.shutdown()
+
+
+def test_of_two_that_begin_together_the_first_decides(cache, tmp_path, monkeypatch):
+    """Both find no pin and look up another commit each: what the first writes holds for both."""
+    use = params.Backbone(model="someone/tiny")
+
+    def meanwhile(source):
+        monkeypatch.setattr("focusdpo_lib.backbones.revisions.newest", lambda source: FIRST)
+        assert backbones.pinned(use, tmp_path).revision == FIRST
+        return LATER
+
+    monkeypatch.setattr("focusdpo_lib.backbones.revisions.newest", meanwhile)
+    assert backbones.pinned(use, tmp_path).revision == FIRST
 
 
 def test_every_stage_takes_what_the_results_are_pinned_to(cache, uno, tmp_path):  # noqa: F811 (the fixture)

@@ -1,21 +1,26 @@
 """Which commit of a hub model a folder of results stands on: chosen once, then kept."""
 
-import re
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import validate_repo_id
 
 from focusdpo_lib import params
-from focusdpo_lib.runs import write_text
+from focusdpo_lib.runs import LOCK, locked, write_text
 
-HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*(?<!\.safetensors)")
 REVISIONS = {"model": "revision", "subject_lora": "subject_revision", "ip_adapter": "ip_revision"}
 PINS = "revisions"  # in a results folder: a file for each hub model that the settings give no revision of
 
 
 def is_hub_id(name: str) -> bool:
-    return bool(HUB_ID.fullmatch(name)) and not Path(name).exists()
+    """Whether a name is "owner/model" and no file or folder."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name and not name.endswith(".safetensors") and not Path(name).exists()
 
 
 def pinned(settings: params.Backbone, results: str | Path) -> params.Backbone:
@@ -29,19 +34,29 @@ def pinned(settings: params.Backbone, results: str | Path) -> params.Backbone:
     for name, revision in REVISIONS.items():
         source = getattr(settings, name)
         if source and getattr(settings, revision) is None and is_hub_id(source):
-            pin = Path(results) / PINS / repo_folder_name(repo_id=source, repo_type="model")
-            if not pin.is_file() and (commit := newest(source)):
+            found[revision] = _pin(source, Path(results) / PINS)
+    return settings.model_copy(update={name: commit for name, commit in found.items() if commit})
+
+
+def _pin(source: str, folder: Path) -> str | None:
+    pin = folder / _folder_name(source)
+    if not pin.is_file() and (commit := newest(source)):
+        with locked(folder / LOCK, f"another process pins a model in {folder}: waiting for it"):
+            if not pin.is_file():  # of two that begin together, the first decides
                 write_text(pin, f"{commit}\n")
-            if pin.is_file():
-                found[revision] = pin.read_text(encoding="utf-8").strip()
-    return settings.model_copy(update=found)
+    return pin.read_text(encoding="utf-8").strip() if pin.is_file() else None
 
 
 def newest(source: str) -> str | None:
-    """The commit of a hub model that the cache holds as its newest, or the hub's; none: neither can be learned."""
-    for cached in (True, False):
-        try:
-            return Path(snapshot_download(source, allow_patterns=[], local_files_only=cached)).name
-        except OSError:  # not in the cache, offline, unreachable, gated, unknown: loading will say so
-            pass
-    return None
+    """The commit that the cache has for a hub model's "main", or that the hub has; none: neither can be learned."""
+    cached = Path(constants.HF_HUB_CACHE) / _folder_name(source) / "refs" / "main"
+    if cached.is_file():
+        return cached.read_text(encoding="utf-8").strip()
+    try:
+        return HfApi().model_info(source).sha
+    except Exception:  # offline, unreachable, gated, unknown, …: loading meets it again and says what to do
+        return None
+
+
+def _folder_name(source: str) -> str:
+    return repo_folder_name(repo_id=source, repo_type="model")

@@ -114,7 +114,7 @@ SMALL_SDXL = {
 
 def small(full: Sizes, network: dict, latents: tuple[int, int, int], reference: dict[int, tuple[int, ...]]) -> Sizes:
     """The parts of `full` at a size for a CPU."""
-    rank = full.subject_rank and 16  # a sixth of the width, as in the full size
+    rank = full.subject_rank and 16  # an eighth of the width; a sixth in the full size
     settings = {"latents": latents, "text": (12, 64), "pooled": 64, "reference": reference, "subject_rank": rank}
     return replace(full, network=full.network | network, pairs=1, **settings)
 

@@ -21,8 +21,6 @@ def reference_copy(backbone: Backbone) -> Backbone:
     """The reference model as a second copy of the weights, without our adapter."""
     twin = copy.deepcopy(backbone)
     twin.network.delete_adapters(ADAPTER)
-    if others := list(getattr(twin.network, "peft_config", {})):  # a subject LoRA is a part of the base
-        twin.network.set_adapter(others)
     return twin
 
 
