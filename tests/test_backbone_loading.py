@@ -45,13 +45,14 @@ def layer(name, inputs, outputs, rank):
 
 
 @torch.no_grad()
-def test_uno_s_file_loads_by_file_and_by_folder(tiny_flux, uno):
+def test_uno_s_file_loads_by_file_and_by_folder(tiny_flux, uno, caplog):
     plain = backbones.load(settings("flux_uno", tiny_flux))
     for source in (uno, uno.parent):
         with_uno = backbones.load(settings("flux_uno", tiny_flux, subject_lora=str(source)))
         photo = torch.rand(1, 3, 32, 32) * 2 - 1
         condition, x, t = with_uno.condition(["a mug"], [photo]), torch.randn(1, 8, 16, 16), torch.tensor([0.5])
         assert not torch.allclose(with_uno.predict(x, t, condition), plain.predict(x, t, condition), atol=1e-3)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_offline_what_is_not_in_the_cache_is_named(tiny_flux, monkeypatch, tmp_p
     assert "not/cached cannot be loaded (not in the cache, and the hub is out of reach): go online once" in message
 
 
-def test_offline_a_model_loads_from_the_cache(tiny_flux, monkeypatch, tmp_path, capfd):
+def test_offline_a_model_loads_from_the_cache(tiny_flux, monkeypatch, tmp_path, capfd, caplog):
     """The cache as huggingface_hub lays it out: snapshots under the commit that a pinned revision names."""
     revision = "0123456789abcdef0123456789abcdef01234567"
     cache = tmp_path / "hub"
@@ -133,9 +134,10 @@ def test_offline_a_model_loads_from_the_cache(tiny_flux, monkeypatch, tmp_path, 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr("diffusers.pipelines.pipeline_utils.HF_HUB_CACHE", str(cache), raising=False)
     use = params.Backbone(model="someone/tiny", revision=revision, precision="float32")
-    capfd.readouterr()
+    capfd.readouterr(), caplog.clear()
     assert len(backbones.load(use).transformer.transformer_blocks) == 2
-    assert capfd.readouterr() == ("", "")  # no progress bars for what is here, no complaint that the hub is not
+    assert capfd.readouterr() == ("", "")  # no progress bars for what is here …
+    assert not caplog.records  # … no complaint that the hub is not
     assert backbones.identity(use) == f"someone/tiny@{revision}"
 
 
