@@ -216,11 +216,12 @@ def test_peak_memory_on_a_cpu_is_the_weights_and_the_most_that_was_allocated_at_
     assert peak_bytes(task, layer, layer) == pytest.approx(4_000_000 + 2 * 4 * 110, abs=1000)
 
 
-def test_interleaved_tasks_take_turns_and_the_first_turns_are_for_warming_up():
+def test_interleaved_tasks_come_once_a_round_and_after_each_other_and_the_first_rounds_are_for_warming_up():
     order = []
-    seconds = interleaved({name: lambda name=name: order.append(name) for name in "ab"}, rounds=2, warm_up=1)
-    assert "".join(order) == "abbaab"
-    assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2}
+    seconds = interleaved({name: lambda name=name: order.append(name) for name in "abc"}, rounds=40, warm_up=2)
+    rounds = ["".join(order[at : at + 3]) for at in range(0, 126, 3)]
+    assert set(rounds) == {"abc", "acb", "bac", "bca", "cab", "cba"} and len(rounds) == 42
+    assert {name: len(values) for name, values in seconds.items()} == dict.fromkeys("abc", 40)
 
 
 # --- models and cases --------------------------------------------------------------------------------------------

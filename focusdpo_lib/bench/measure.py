@@ -3,6 +3,7 @@
 import gc
 import math
 import os
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,14 +21,15 @@ Task = Callable[[], None]
 
 
 def interleaved(tasks: dict[str, Task], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
-    """Seconds of every task in every round after the warm-up; the order turns from round to round.
+    """Seconds of every task in every round after the warm-up, each round in another order.
 
-    A machine that slows down slows them all, so that ratios of medians hold where seconds drift.
+    A machine that slows down slows them all, so that ratios of medians hold where seconds drift. The order is drawn, not
+    turned: a task pays for the memory that the one before it gave back, and would always come after the same one.
     """
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
-    names = list(tasks)
+    source = random.Random(0)
     for k in range(rounds + warm_up):
-        for name in names[k % len(names) :] + names[: k % len(names)]:
+        for name in source.sample(list(tasks), len(tasks)):
             taken = timed(tasks[name])
             if k >= warm_up:
                 seconds[name].append(taken)
