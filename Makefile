@@ -47,7 +47,7 @@ format: $(ready) ## Correct what `make lint` can correct by itself
 strip: $(ready) ## Clear the outputs of the notebooks, as they are committed
 	$(python) -m nbstripout --drop-empty-cells notebooks/*.ipynb
 
-bench: $(ready) ## What a step costs, against a plain reading and a floor (2 minutes; full size on a GPU)
+bench: $(ready) ## What a step costs, against a plain reading and a floor (4 minutes; full size on a GPU)
 	$(python) -m focusdpo_lib.bench
 
 toybox-weights: $(ready) ## Train every toybox model from nothing (hours on a CPU; resumable)

@@ -126,7 +126,8 @@ SIZES = {
     ("sdxl", "small"): small(SDXL, SMALL_SDXL, (4, 16, 16), {1: (16, 64), 2: (16, 64)}),
 }
 WEIGHTS = ("bfloat16", "nf4", "int8")
-ROUNDS = {"shipped": 9, "small": 5, "full": 5}  # the toybox has goals on a CPU, the small sizes have none
+# The toybox has goals on a CPU, the small sizes have none. Nine rounds gave 0.94 to 1.03 where 31 give 1.00 and 1.01.
+ROUNDS = {"shipped": 31, "small": 5, "full": 5}
 
 
 def cases(size: str, quantized: bool = True) -> list[Case]:

@@ -23,8 +23,8 @@ Task = Callable[[], None]
 def interleaved(tasks: dict[str, Task], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
     """Seconds of every task in every round after the warm-up, each round in another order.
 
-    A machine that slows down slows them all, so that ratios of medians hold where seconds drift. Orders are drawn: a
-    task pays for the memory that the one before it gave back, and must not always come after the same one.
+    A machine that slows down slows them all, so that ratios of medians hold where seconds drift; and orders are drawn,
+    so that no task always comes after the same one.
     """
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     source = random.Random(0)
