@@ -134,15 +134,11 @@ def test_the_library_s_own_shift_counts_tokens_rightly():
         assert times[1].item() == pytest.approx(expected, abs=1e-6)
 
 
-def run_parity(*folders):
-    """In a process of its own, as a user does: MKL's path for all processors must be chosen before it computes."""
-    words = [sys.executable, "-m", "focusdpo_lib.backbones.parity", *map(str, folders)]
-    return subprocess.run(words, capture_output=True, text=True)
-
-
 @needs_fixtures
 def test_ids_prediction_and_sampling_run_are_uno_s_to_1e_5():
-    found = run_parity(*(FIXTURES / case for case in CASES))
+    """In a process of its own, as a user does: MKL's path for all processors must be chosen before it computes."""
+    words = [sys.executable, "-m", "focusdpo_lib.backbones.parity", *(str(FIXTURES / case) for case in CASES)]
+    found = subprocess.run(words, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr
     lines = re.findall(r"^(\w+): (.+?) +(\S+e-?\S+)$", found.stdout, re.MULTILINE)
     names = ["position ids", "prediction", "sampling times", "sampled latents"]
@@ -153,16 +149,25 @@ def test_ids_prediction_and_sampling_run_are_uno_s_to_1e_5():
 
 
 @needs_fixtures
-def test_parity_fails_above_1e_5_and_where_a_file_is_missing(tmp_path):
+def test_parity_sees_a_deviation_and_a_missing_file(tmp_path):
     changed = tmp_path / "changed"
     shutil.copytree(FIXTURES / "case1", changed)
     io = load_file(changed / "io.safetensors")
-    save_file(io | {"denoised_packed": io["denoised_packed"] + 2e-5}, changed / "io.safetensors")
-    found = run_parity(changed)
-    assert found.returncode == 1 and "ABOVE" in found.stdout
+    save_file(io | {"denoised_packed": io["denoised_packed"] + 1e-2}, changed / "io.safetensors")
+    found = parity.deviations(*parity.load_case(changed))
+    assert found["sampled latents"] == pytest.approx(1e-2, rel=1e-2) and found["prediction"] < 1e-4
     (changed / "uno_lora.safetensors").unlink()
     with pytest.raises(BackboneError, match=r"lacks uno_lora\.safetensors"):
         parity.load_case(changed)
+
+
+@pytest.mark.parametrize(("deviation", "code"), [(9e-6, 0), (1.1e-5, 1), (math.nan, 1)])
+def test_parity_s_exit_code_is_1_above_1e_5(deviation, code, monkeypatch, capsys):
+    monkeypatch.setenv("MKL_CBWR", "AUTO")  # what is set already stays
+    monkeypatch.setattr(parity, "load_case", lambda folder: (folder, None))
+    monkeypatch.setattr(parity, "deviations", lambda *case: {"prediction": 1e-7, "sampled latents": deviation})
+    assert parity.main(["somewhere"]) == code
+    assert ("ABOVE" in capsys.readouterr().out) == bool(code)
 
 
 # --- What the backbone computes ---

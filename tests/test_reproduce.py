@@ -96,7 +96,7 @@ def test_the_table_says_how_each_family_was_sampled_and_the_paper_stands_apart(r
     text = (ran[0] / "tables" / "table1" / "table.md").read_text()
     ours, paper = text.split("Published by the paper on the real DreamBench (not measured here)")
     assert "UNO was sampled with guidance = 1.0. IPAP was sampled with guidance = 3.0." in ours
-    assert "UNO and IPAP were sampled with size = 64" in ours
+    assert "UNO and IPAP were sampled with references = listed, size = 64" in ours
     assert "| UNO+FocusDPO | 0.802 |" in paper and "0.802" not in ours
 
 
