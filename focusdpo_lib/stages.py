@@ -80,7 +80,7 @@ def prepare_pairs(
             except BrokenProcessPool:
                 raise RunError(
                     "the process that prepares the pairs was killed, most often for want of main memory: close other "
-                    "programs, or train on fewer pairs"
+                    "programs and run again, it goes on where it stopped"
                 ) from None
     with job.alone():
         if not job.complete:

@@ -39,8 +39,7 @@ class Cache:
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     folder = tmp_path / "hub"
-    for module in ("constants", "_snapshot_download", "file_download"):
-        monkeypatch.setattr(f"huggingface_hub.{module}.HF_HUB_CACHE", str(folder), raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder))
     monkeypatch.setattr("diffusers.pipelines.pipeline_utils.HF_HUB_CACHE", str(folder), raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     return Cache(folder)

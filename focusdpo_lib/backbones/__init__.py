@@ -25,8 +25,6 @@ Backbone = FluxUno | SdxlIp
 
 SHIPPED = Path(__file__).parent.parent / "toybox" / "weights"
 FAMILIES = {"flux_uno": FluxUno, "sdxl_ip": SdxlIp}
-
-
 INDEX = "model_index.json"  # in the folder of every pipeline
 
 

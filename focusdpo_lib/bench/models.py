@@ -76,7 +76,7 @@ def with_subject_lora(backbone: FluxUno, case: Case) -> FluxUno:
     backbone.network.add_adapter(config, "subject")
     for name, parameter in backbone.network.named_parameters():
         if ".subject." in name:
-            parameter.data = parameter.data.to(torch.bfloat16)
+            parameter.data = parameter.data.to(torch.bfloat16)  # float32 on a quantized base else
             parameter.requires_grad_(False)
     return backbone
 
