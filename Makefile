@@ -26,7 +26,7 @@ help: ## List the targets
 	@sed -n 's/^\([a-z.-]*\):[^#]*## \(.*\)/  \1|\2/p' Makefile | awk -F '|' '{printf "%-18s %s\n", $$1, $$2}'
 
 reproduce: $(ready) ## Run every notebook and print Tables 1 and 2 (PROFILE=toybox SEEDS=1 FAMILIES=uno)
-	$(python) -m focusdpo_lib.reproduce --profile "$(PROFILE)" --seeds "$(SEEDS)" --families $(FAMILIES)
+	$(python) -m focusdpo_lib.batch.reproduce --profile "$(PROFILE)" --seeds "$(SEEDS)" --families $(FAMILIES)
 
 lab: $(ready) ## Open JupyterLab on the notebooks
 	$(python) -m jupyterlab notebooks

@@ -19,16 +19,18 @@ from PIL import Image
 from focusdpo_lib import params, runs, stages
 from focusdpo_lib.backbones import Backbone
 from focusdpo_lib.evaluation import scores, statistics, tables
-from focusdpo_lib.evaluation.attributes import match
 from focusdpo_lib.evaluation.benchmark import Benchmark
 from focusdpo_lib.evaluation.encoders import Encoders, to_pixels
+from focusdpo_lib.evaluation.rows import OBJECTIVES, ROWS
+from focusdpo_lib.evaluation.rows import family as family_of
 from focusdpo_lib.generation import IMAGES, image_name
 from focusdpo_lib.masks import to_grid
-from focusdpo_lib.pairs import PreparedPairs
 from focusdpo_lib.runs import Run, atomic
+from focusdpo_lib.toybox.attributes import match
 from focusdpo_lib.toybox.benchmark import render_case
 from focusdpo_lib.toybox.world import ATTRIBUTES
 from focusdpo_lib.training import LOG
+from focusdpo_lib.training.pairs import PreparedPairs
 
 ORACLE = "oracle"
 
@@ -40,11 +42,11 @@ def adapters(results: Path, families: Mapping[str, params.FamilyRows]) -> tuple[
     for row, name in ((row, name) for row, names in named.items() for name in names):
         folder = Path(results) / "training" / name
         if runs.is_complete(folder):
-            _check_family(folder, row, families[tables.family(row)].backbone.family)
+            _check_family(folder, row, families[family_of(row)].backbone.family)
             found.setdefault(row, []).append(folder)
         else:
             missing.append(
-                f"{tables.ROWS[row]} stands here without {name}: {folder} holds no complete training run. "
+                f"{ROWS[row]} stands here without {name}: {folder} holds no complete training run. "
                 f"Run notebook 03 with 03_{row}.yaml of your profile's params and run this notebook again"
             )
     return found, missing
@@ -54,7 +56,7 @@ def _check_family(folder: Path, row: str, expected: str) -> None:
     """ParameterError for a training run on another family's backbone, whose row would bear the wrong name."""
     if (trained := _params(folder)["backbone"]["family"]) != expected:
         raise params.ParameterError(
-            f"{folder} was trained on {trained} and cannot be a row of {expected} ({tables.ROWS[row]}): "
+            f"{folder} was trained on {trained} and cannot be a row of {expected} ({ROWS[row]}): "
             "name it under its own family"
         )
 
@@ -86,7 +88,7 @@ def make_images(
     for family, rows in families.items():
         how = benchmark, rows.backbone, rows.generation
         folders[family] = [stages.generate_images(results, family, *how)]
-        for row in (row for row in found if tables.family(row) == family):
+        for row in (row for row in found if family_of(row) == family):
             folders[row] = [stages.generate_images(results, trained.name, *how, trained) for trained in found[row]]
     return folders
 
@@ -114,7 +116,7 @@ def score_rows(
         if row == ORACLE:  # an anchor: no sampling settings stand behind it
             rows[row] = [scores.score_images(few, made[0] / IMAGES, encoders, evaluation, None)]
         else:
-            sampled = families[tables.family(row)].generation
+            sampled = families[family_of(row)].generation
             rows[row] = [stages.score(results, run.name, benchmark, run, encoders, evaluation, sampled) for run in made]
     return rows
 
@@ -130,7 +132,7 @@ def attribute_table(
     few = benchmark.first_prompts(prompts(families))
     lines = []
     for row, made in folders.items():
-        count = 1 if row == ORACLE else families[tables.family(row)].generation.images_per_prompt
+        count = 1 if row == ORACLE else families[family_of(row)].generation.images_per_prompt
         read = [_read_attributes(few, run / IMAGES, encoders, count) for run in made]
         for name in ATTRIBUTES:
             values = statistics.units(read, name, evaluation.average)
@@ -183,7 +185,7 @@ def logs_beside(folder: Path) -> dict[str, pd.DataFrame]:
         there = _params(other)
         if (there["backbone"], there["training"]["seed"]) == (own["backbone"], own["training"]["seed"]):
             found.setdefault(there["objective"]["name"], pd.read_csv(other / LOG))
-    return {name: found[name] for name in tables.OBJECTIVES if name in found}
+    return {name: found[name] for name in OBJECTIVES if name in found}
 
 
 @torch.no_grad()

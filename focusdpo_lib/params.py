@@ -12,6 +12,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+SHIPPED = Path(__file__).parent / "toybox" / "weights"  # what a setting calls "toybox"
+
 
 class ParameterError(ValueError):
     """A parameter that is unknown, mistyped or out of range; the message says which, where and what to do."""
@@ -134,7 +136,7 @@ class Training(Section):
 class Launch(Section):
     """Where the processes of a training run; it changes nothing that they compute."""
 
-    machines: int = Field(1, gt=0)  # with a shared file system; focusdpo_lib.launch starts the others
+    machines: int = Field(1, gt=0)  # with a shared file system; focusdpo_lib.training.launch starts the others
     main_address: str | None = None  # of the first machine
     main_port: int = Field(0, ge=0)  # 0: any free one, on one machine
 
@@ -229,6 +231,14 @@ SECTIONS: dict[str, type[Section]] = {
     "benchmark": Benchmark,
     "families": Families,
 }
+
+
+def shipped(kind: str, model: str) -> str:
+    """The folder of the model that comes with the package where a setting says "toybox"; any other model as it is.
+
+    `kind`: a backbone's family, or "dino", "clip", "reader".
+    """
+    return str(SHIPPED / kind) if model == "toybox" else model
 
 
 def section(name: str, values: dict[str, Any] | None = None, where: str = "the parameters cell") -> Any:

@@ -54,6 +54,8 @@ def versions() -> dict[str, str]:
 def device() -> dict[str, Any]:
     """The device this process has computed on, and the peak of its GPU memory; never starts CUDA by itself."""
     torch = sys.modules.get("torch")
+    if torch is not None and torch.backends.mps.is_available():
+        return {"device": f"mps ({processor()})", "peak_device_memory_bytes": torch.mps.driver_allocated_memory()}
     if torch is None or not torch.cuda.is_initialized():
         return {"device": f"cpu ({processor()}, {os.cpu_count()} cores)"}
     return {"device": torch.cuda.get_device_name(), "peak_device_memory_bytes": torch.cuda.max_memory_allocated()}

@@ -12,28 +12,34 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pandas as pd
-import torch
 
-from focusdpo_lib import adapter_card, backbones, params, provenance
+from focusdpo_lib import backbones, params, provenance
+from focusdpo_lib.backbones import best_device
 from focusdpo_lib.dip import dataset
 from focusdpo_lib.dip import toybox as dip_toybox
+from focusdpo_lib.evaluation import encoders
 from focusdpo_lib.evaluation.benchmark import Benchmark
-from focusdpo_lib.evaluation.encoders import DinoEncoder, Encoders, toybox_folder
+from focusdpo_lib.evaluation.encoders import DinoEncoder, Encoders
 from focusdpo_lib.evaluation.scores import score_images
 from focusdpo_lib.generation import IMAGES, generate
-from focusdpo_lib.launch import FACTS, command
-from focusdpo_lib.launch import run as run_processes
-from focusdpo_lib.memory import MemoryAdvice
-from focusdpo_lib.pairs import load, prepare_into
 from focusdpo_lib.runs import Run, RunError, atomic, is_complete
+from focusdpo_lib.toybox import attributes
 from focusdpo_lib.toybox.benchmark import write_benchmark
-from focusdpo_lib.training import ADAPTER, CHECKPOINT, train
+from focusdpo_lib.training import ADAPTER, CHECKPOINT, adapter_card, train
+from focusdpo_lib.training.launch import FACTS, command
+from focusdpo_lib.training.launch import run as run_processes
+from focusdpo_lib.training.memory import MemoryAdvice
+from focusdpo_lib.training.pairs import load, prepare_into
 
 SCORES = "scores.parquet"
 
 
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def load_encoders(settings: params.Evaluation) -> Encoders:
+    """The encoders of a benchmark, with the toybox's reader where the settings name one. Raises EncoderError."""
+    reader = None
+    if settings.reader is not None:
+        reader = attributes.load_reader(params.shipped("reader", settings.reader), best_device())
+    return encoders.load_encoders(settings, best_device(), reader)
 
 
 def build_pairs(results: Path, run: str, dip: params.Dip) -> Path:
@@ -85,9 +91,9 @@ def prepare_pairs(
     with job.alone():
         if not job.complete:
             with job, MemoryAdvice(backbone, preparing=True):
-                model = backbones.load(backbone, device(), parts="encoders")
+                model = backbones.load(backbone, best_device(), parts="encoders")
                 train_pairs = dataset.read_dataset(pairs, ["train"])["train"]
-                patches = DinoEncoder(patch_encoder, device()).patches if patch_encoder is not None else None
+                patches = DinoEncoder(patch_encoder, best_device()).patches if patch_encoder is not None else None
                 prepare_into(job.folder, model, train_pairs, masks, patches=patches)
     return job.folder
 
@@ -109,7 +115,7 @@ def train_adapter(
     backbone = backbones.pinned(backbone, results)
     settings = {"backbone": backbone, "objective": objective, "masks": masks, "training": training}
     inputs: dict[str, Path | str] = {"pairs": Path(pairs), **backbones.inputs(backbone)}
-    encoder = toybox_folder("dino", objective.patch_encoder) if objective.name == "patchdpo" else None
+    encoder = params.shipped("dino", objective.patch_encoder) if objective.name == "patchdpo" else None
     if encoder is not None:
         inputs["patch_encoder"] = Path(encoder) if Path(encoder).is_dir() else str(encoder)
     job = Run(Path(results) / "training" / run, settings, inputs)
@@ -119,7 +125,7 @@ def train_adapter(
         with job:
             if alone:
                 with MemoryAdvice(backbone, training):
-                    model = backbones.load(backbone, device(), parts="network")
+                    model = backbones.load(backbone, best_device(), parts="network")
                     train(model, load(prepared), job.folder, objective=objective, masks=masks, training=training)
             else:
                 words = command(job.folder, prepared, training.processes, launch or params.Launch())
@@ -170,7 +176,7 @@ def generate_images(
     job = Run(Path(results) / "generation" / benchmark.kind / run, settings, inputs)
     if not job.complete:
         with job, MemoryAdvice(backbone):
-            model = backbones.load(backbone, device())
+            model = backbones.load(backbone, best_device())
             if adapter is not None:
                 model.load_adapter(Path(adapter) / ADAPTER)
             generate(model, shown, job.folder, generation)

@@ -6,7 +6,7 @@ python tests/check_notebooks.py notebooks
 import sys
 from pathlib import Path
 
-from focusdpo_lib import notebooks
+from focusdpo_lib.batch import notebooks
 from focusdpo_lib.params import ParameterError
 
 

@@ -8,8 +8,8 @@ from transformers import ViTConfig, ViTModel
 
 from focusdpo_lib import params
 from focusdpo_lib.evaluation.encoders import DinoEncoder
-from focusdpo_lib.pairs import prepare
 from focusdpo_lib.toybox.pipelines import build_autoencoder, build_flux
+from focusdpo_lib.training.pairs import prepare
 
 SIZES = {"heads": 2, "head_dim": 16, "double_blocks": 2, "single_blocks": 2, "text_dim": 16}
 

@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from test_both_families import FAMILIES, policy, run, settings
 from tiny_training import TRAINING, refusal
 
-from focusdpo_lib import adapter_card, backbones, memory, params
-from focusdpo_lib.memory import MemoryAdvice, MemoryShortageError, advice
-from focusdpo_lib.pairs import prepare
+from focusdpo_lib import backbones, params
 from focusdpo_lib.params import ParameterError
 from focusdpo_lib.toybox.pipelines import build_autoencoder
 from focusdpo_lib.toybox.unet import new_backbone, save_backbone
-from focusdpo_lib.training import ADAPTER, TrainingError, new_optimizer, train
+from focusdpo_lib.training import ADAPTER, TrainingError, adapter_card, memory, new_optimizer, train
+from focusdpo_lib.training.memory import MemoryAdvice, MemoryShortageError, advice
+from focusdpo_lib.training.pairs import prepare
 
 # --- UNO's file ---
 

@@ -15,8 +15,8 @@ from focusdpo_lib import backbones, params
 from focusdpo_lib.backbones import BackboneError, Conditioning
 from focusdpo_lib.backbones.sdxl_ip import CLIP_MEAN, CLIP_STD, clip_pixels
 from focusdpo_lib.evaluation.encoders import preprocess
-from focusdpo_lib.pairs import prepare
 from focusdpo_lib.training import draws, step_objective
+from focusdpo_lib.training.pairs import prepare
 
 PROMPTS = ["a cat in the snow", "a mug on a beach"]
 

@@ -8,8 +8,8 @@ from tiny_training import TRAINING
 
 from focusdpo_lib import backbones, params
 from focusdpo_lib.backbones.family import ADAPTER as POLICY
-from focusdpo_lib.pairs import load, prepare, prepare_into
 from focusdpo_lib.training import ADAPTER, new_tap, train
+from focusdpo_lib.training.pairs import load, prepare, prepare_into
 
 FAMILIES = ("flux_uno", "sdxl_ip")
 

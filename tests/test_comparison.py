@@ -10,7 +10,6 @@ from tiny_models import write_tiny_models, write_tiny_profile
 from focusdpo_lib import batch, comparison, params, stages
 from focusdpo_lib.batch import Job
 from focusdpo_lib.evaluation import tables
-from focusdpo_lib.evaluation.encoders import load_encoders
 from focusdpo_lib.toybox.benchmark import write_benchmark
 
 ROOT = Path(__file__).parents[1]
@@ -76,7 +75,7 @@ def test_real_dreambench_goes_the_same_way(kind, columns, models, tmp_path):
     )
     images = comparison.make_images(tmp_path, benchmark, families, {})
     assert list(images) == ["uno"]
-    scores = comparison.score_rows(tmp_path, benchmark, images, load_encoders(evaluation), evaluation, families)
+    scores = comparison.score_rows(tmp_path, benchmark, images, stages.load_encoders(evaluation), evaluation, families)
     result = tables.table(scores, evaluation)
     assert result["row"].drop_duplicates().tolist() == ["real photos", "copy of the reference", "UNO"]
     assert result["column"].nunique() == columns  # DINO, CLIP-I (two subjects: mean and minimum of each), CLIP-T

@@ -12,14 +12,13 @@ from safetensors.torch import load_file, save_file
 from torchvision import transforms
 from transformers import ViTConfig, ViTModel
 
-from focusdpo_lib import params
+from focusdpo_lib import params, stages
 from focusdpo_lib.evaluation.encoders import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     ClipEncoder,
     DinoEncoder,
     EncoderError,
-    load_encoders,
     preprocess,
 )
 from focusdpo_lib.toybox.reader import Reader
@@ -151,30 +150,32 @@ def test_ids_follow_the_weights_and_not_the_place(weights, tmp_path):
     assert DinoEncoder(str(tmp_path / "dino")).id != DinoEncoder(str(weights / "dino")).id
 
 
-def test_toybox_names_the_shipped_folder_and_the_reader_reads(weights):
-    encoders = load_encoders(params.section("evaluation"), toybox=weights)
+def test_toybox_names_the_shipped_folder_and_the_reader_reads(weights, monkeypatch):
+    monkeypatch.setattr(params, "SHIPPED", weights)
+    encoders = stages.load_encoders(params.section("evaluation"))
     assert {name: value.split("@")[0] for name, value in encoders.ids.items()} == {
         **{"dino": "dino", "clip": "clip", "reader": "reader"}
     }
     found = encoders.reader(torch.zeros(2, 3, 64, 64))
     assert len(found) == 2 and all(len(subjects) <= 2 for subjects in found)
-    assert load_encoders(params.section("evaluation", {"reader": None}), toybox=weights).ids["reader"] is None
+    assert stages.load_encoders(params.section("evaluation", {"reader": None})).ids["reader"] is None
 
 
 @pytest.mark.parametrize(
     "part", ["dino/model.safetensors", "clip/open_clip_model.safetensors", "reader/model.safetensors"]
 )
-def test_a_missing_weight_file_is_one_sentence_that_names_the_setting(weights, tmp_path, part):
+def test_a_missing_weight_file_is_one_sentence_that_names_the_setting(weights, tmp_path, monkeypatch, part):
     for name in ("dino", "clip", "reader"):
         (tmp_path / name).mkdir()
         for file in (weights / name).iterdir():
             if f"{name}/{file.name}" != part:
                 (tmp_path / name / file.name).write_bytes(file.read_bytes())
     kind = part.split("/")[0]
+    monkeypatch.setattr(params, "SHIPPED", tmp_path)
     with pytest.raises(
         EncoderError, match=f"^evaluation.{kind} = '.*{kind}' cannot be loaded .*: name a folder"
     ) as error:
-        load_encoders(params.section("evaluation"), toybox=tmp_path)
+        stages.load_encoders(params.section("evaluation"))
     assert "\n" not in str(error.value)
 
 

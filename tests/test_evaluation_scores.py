@@ -4,6 +4,7 @@ expected score is the cosine of a difference of grey levels, written down by han
 import json
 from math import cos, radians
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -13,10 +14,10 @@ from PIL import Image
 from transformers import ViTConfig, ViTModel
 
 from focusdpo_lib import params
-from focusdpo_lib.evaluation import attributes
 from focusdpo_lib.evaluation.benchmark import Benchmark, BenchmarkError, open_image
 from focusdpo_lib.evaluation.encoders import DinoEncoder, Encoders
 from focusdpo_lib.evaluation.scores import score_copy, score_images, score_photos
+from focusdpo_lib.toybox.attributes import ToyboxReader
 from focusdpo_lib.toybox.benchmark import write_benchmark
 
 CAT = {"class_name": "cat", "base": "red", "accent": "blue", "pattern": "dots", "trim": "white"}
@@ -226,40 +227,12 @@ def test_copying_scores_one_nth_plus_the_rest_of_the_oracle(tmp_path):
 # --- attributes ---
 
 
-def test_found_subjects_are_matched_by_class_and_then_by_attributes():
-    assert attributes.match([MUG, CAT], [CAT, MUG]) == [CAT, MUG]
-    two_cats = [CAT | {"base": "pink"}, CAT]
-    assert attributes.match(two_cats, [CAT]) == [CAT]
-    # A cat in all of the mug's attributes is still the cat: the class goes first.
-    swapped = [CAT | {"base": "green", "pattern": "plaid", "trim": "black"}, MUG | {"base": "red", "trim": "white"}]
-    assert attributes.match(swapped[::-1], [CAT, MUG]) == swapped
-    assert attributes.match([CAT], [MUG, CAT]) == [None, CAT] and attributes.match([], [CAT]) == [None]
-
-
-def test_attribute_accuracy_counts_five_attributes_and_nothing_for_a_missing_subject():
-    assert attributes.attribute_accuracy([CAT, MUG], [CAT, MUG]) == [1.0, 1.0]
-    assert attributes.attribute_accuracy([CAT | {"base": "pink", "trim": "red"}], [CAT, MUG]) == [0.6, 0.0]
-    assert attributes.attribute_accuracy([MUG], [CAT]) == [0.2]  # the accent, blue, is the same
-
-
-def test_leakage_counts_the_other_s_values_among_the_attributes_that_differ():
-    # The accent is blue in both: of the four attributes three can leak, base, pattern and trim.
-    assert attributes.leakage([CAT, MUG], [CAT, MUG]) == [(0, 3), (0, 3)]
-    assert attributes.leakage([CAT | {"base": "green"}, MUG], [CAT, MUG]) == [(1, 3), (0, 3)]
-    assert attributes.leakage([CAT | {"base": "pink"}, MUG], [CAT, MUG]) == [(0, 3), (0, 3)]  # wrong, but not the mug's
-    swapped = [CAT | {"base": "green", "pattern": "plaid"}, MUG | {"trim": "white"}]
-    assert attributes.leakage(swapped, [CAT, MUG]) == [(2, 3), (1, 3)]
-    assert attributes.leakage([CAT | {"trim": "black"}], [CAT, MUG]) == [(1, 3), (0, 3)]  # the missing mug still counts
-    with pytest.raises(ValueError, match="between two subjects, not 1"):
-        attributes.leakage([CAT], [CAT])
-
-
 def test_a_reader_adds_attribute_rows_where_the_benchmark_knows_them(folder, tmp_path):
     def reader(pixels):
         assert pixels.shape == (1, 3, 8, 8) and pixels.min() == pixels.max() == pytest.approx(90 / 127.5 - 1)
         return [[CAT | {"base": "green"}, MUG]]
 
-    encoders = Encoders(Angles(), Angles(), reader, "by hand")
+    encoders = Encoders(Angles(), Angles(), ToyboxReader(SimpleNamespace(read=reader), "by hand"))
     images = generated(tmp_path, _0000_0=90)
     without = score_images(Benchmark.load(folder, "multi"), images, encoders, settings(), ONE)
     assert "leakage" not in set(without["metric"])

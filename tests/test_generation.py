@@ -9,10 +9,11 @@ from PIL import Image
 from tiny_models import write_tiny_sdxl_ip
 from tiny_training import load_tiny
 
-from focusdpo_lib import generation, params, stages
+from focusdpo_lib import params, stages
 from focusdpo_lib.backbones import SdxlIp
 from focusdpo_lib.evaluation.benchmark import Benchmark, BenchmarkError
 from focusdpo_lib.generation import generate, image_name, image_seed, reference_pixels
+from focusdpo_lib.generation import images as generation
 from focusdpo_lib.toybox.benchmark import write_benchmark
 from focusdpo_lib.toybox.world import Identity, halve, photo
 

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from focusdpo_lib import batch, notebooks, params, plots, runs
-from focusdpo_lib.batch import Job
+from focusdpo_lib import batch, params, plots, runs
+from focusdpo_lib.batch import Job, notebooks
 from focusdpo_lib.dip import toybox
 
 ROOT = Path(__file__).parents[1]

@@ -8,15 +8,15 @@ import yaml
 from tiny_models import write_tiny_sdxl_ip
 from tiny_training import tiny_pairs
 
-from focusdpo_lib import notebooks, params, runs, stages
-from focusdpo_lib.batch import Job, execute, resolved
-from focusdpo_lib.batch import main as batch
+from focusdpo_lib import params, runs, stages
+from focusdpo_lib.batch import Job, execute, notebooks, resolved
+from focusdpo_lib.batch.jobs import main as batch
+from focusdpo_lib.batch.reproduce import costs, plan
 from focusdpo_lib.dip import toybox
 from focusdpo_lib.dip.dataset import write_dataset
-from focusdpo_lib.memory import PRESETS
 from focusdpo_lib.params import ParameterError
-from focusdpo_lib.reproduce import costs, plan
 from focusdpo_lib.toybox.benchmark import write_benchmark
+from focusdpo_lib.training.memory import PRESETS
 
 ROOT = Path(__file__).parents[1]
 PAPER, BOOKS = ROOT / "params" / "paper", ROOT / "notebooks"

@@ -6,11 +6,12 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 
-from focusdpo_lib import params, plots_results, stages
+from focusdpo_lib import params, stages
 from focusdpo_lib.comparison import oracle_images
 from focusdpo_lib.evaluation import tables
 from focusdpo_lib.evaluation.scores import COLUMNS
 from focusdpo_lib.plots import OBJECTIVE_COLOURS
+from focusdpo_lib.plots import results as plots_results
 
 OBJECTIVES = ("sft", "dpo", "patchdpo", "focusdpo")
 ROWS = [f"{family}{o}" for family in ("uno", "ipap") for o in ("", *(f"_{name}" for name in OBJECTIVES))]

@@ -10,8 +10,8 @@ from focusdpo_lib import backbones, params
 from focusdpo_lib.backbones import BackboneError
 from focusdpo_lib.dip import toybox
 from focusdpo_lib.dip.dataset import Pair
-from focusdpo_lib.pairs import PreparedPairs, prepare
 from focusdpo_lib.training import train
+from focusdpo_lib.training.pairs import PreparedPairs, prepare
 
 TRAINING = {"batch_size": 2, "learning_rate": 1e-2, "warmup_steps": 0, "lora": {"rank": 2}}
 

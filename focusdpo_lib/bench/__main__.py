@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 import diffusers.utils.logging
 import torch
 
-from focusdpo_lib import provenance
+from focusdpo_lib import backbones, provenance
 from focusdpo_lib.bench.cases import ROUNDS, Case, cases
 from focusdpo_lib.bench.count import counted
 from focusdpo_lib.bench.report import PAGE, read_results, write_results
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     top = parser()
     chosen = top.parse_args(arguments)
     diffusers.utils.logging.set_verbosity_error()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(backbones.best_device())
     torch.zeros(1, device=device)  # from here on, provenance names the GPU
     on_gpu = device.type == "cuda"  # diffusers quantizes there alone
     size = chosen.size or ("full" if on_gpu else "small")

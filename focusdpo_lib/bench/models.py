@@ -16,10 +16,10 @@ from focusdpo_lib.backbones import Backbone, Conditioning, FluxUno, SdxlIp
 from focusdpo_lib.backbones.flux_uno import LORA_TARGETS
 from focusdpo_lib.bench.cases import Case
 from focusdpo_lib.dip.toybox import make_pair
-from focusdpo_lib.pairs import PreparedPairs, prepare
 from focusdpo_lib.runs import atomic
 from focusdpo_lib.toybox.ip_adapter import new_ip_adapter
 from focusdpo_lib.toybox.pipelines import build_flux, build_sdxl
+from focusdpo_lib.training.pairs import PreparedPairs, prepare
 
 IP_ADAPTER = "ip_adapter"  # its folder in that of the model
 # IP-Adapter-Plus: the widths of its resampler and of the image encoder's hidden layers, of which no step uses one.

@@ -13,8 +13,8 @@ from focusdpo_lib import params
 from focusdpo_lib.backbones import Backbone
 from focusdpo_lib.backbones.family import ADAPTER
 from focusdpo_lib.objectives import Objective, flow_weight, preference_loss
-from focusdpo_lib.pairs import PreparedPairs
 from focusdpo_lib.training import Draw, focus_masks, new_tap
+from focusdpo_lib.training.pairs import PreparedPairs
 
 
 def reference_copy(backbone: Backbone) -> Backbone:

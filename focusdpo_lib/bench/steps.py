@@ -12,8 +12,8 @@ from focusdpo_lib.bench import models
 from focusdpo_lib.bench.cases import Case
 from focusdpo_lib.bench.measure import Task, held_bytes, interleaved, matrix_rate, operations, peak_bytes, release
 from focusdpo_lib.bench.plain import plain_objective, reference_copy
-from focusdpo_lib.pairs import PreparedPairs
 from focusdpo_lib.training import Draw, draws, focus_masks, new_tap, step_objective
+from focusdpo_lib.training.pairs import PreparedPairs
 
 OBJECTIVES = ("sft", "dpo", "focusdpo")
 MASKS = params.Masks()

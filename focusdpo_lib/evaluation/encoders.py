@@ -1,4 +1,4 @@
-"""The encoders of the protocol: DINO (transformers), CLIP (open_clip) and, in the toybox, the attribute reader.
+"""The encoders of the protocol: DINO (transformers) and CLIP (open_clip).
 
 An encoder turns a list of images (PIL, or paths) into unit vectors (N, d) in fp32 on the CPU, and carries an `id` that
 names its weights wherever they lie: results of encoders with the same id may stand in one table.
@@ -6,24 +6,20 @@ names its weights wherever they lie: results of encoders with the same id may st
 
 import hashlib
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
-import open_clip
 import torch
 from PIL import Image
 from torch.nn import functional as F
-from transformers import AutoModel
-from transformers.utils import logging as transformers_logging
 
 from focusdpo_lib.evaluation.benchmark import open_image
-from focusdpo_lib.params import Evaluation
-from focusdpo_lib.toybox.reader import Reader
+from focusdpo_lib.params import Evaluation, shipped
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-TOYBOX_WEIGHTS = Path(__file__).parent.parent / "toybox" / "weights"
 _OPEN_CLIP_PRECISION = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 Picture = Image.Image | str | Path
@@ -33,39 +29,36 @@ class EncoderError(RuntimeError):
     """An encoder that cannot be loaded; the message says which, where and what to do."""
 
 
+class AttributeReader(Protocol):
+    """What sees attributes in an image, where a benchmark knows those of its subjects (the toybox's does)."""
+
+    id: str
+
+    def __call__(self, pixels: torch.Tensor) -> list[list[dict]]:
+        """Pixels (B, 3, H, W) in [-1, 1] → the attributes of every subject found, image by image."""
+
+    def scores(self, found: list[dict], expected: dict[str, dict]) -> list[tuple[str, str, float, float]]:
+        """What was found against the true attributes by subject: (metric, subject, value, weight)."""
+
+
 @dataclass(frozen=True)
 class Encoders:
-    """What a benchmark is scored with; `reader` (toybox): pixels (B, 3, H, W) in [-1, 1] → found subjects."""
+    """What a benchmark is scored with."""
 
     dino: "DinoEncoder"
     clip: "ClipEncoder"
-    reader: Callable[[torch.Tensor], list[list[dict]]] | None = None
-    reader_id: str | None = None
+    reader: AttributeReader | None = None
 
     @property
     def ids(self) -> dict[str, str | None]:
-        return {"dino": self.dino.id, "clip": self.clip.id, "reader": self.reader_id}
+        return {"dino": self.dino.id, "clip": self.clip.id, "reader": self.reader and self.reader.id}
 
 
-def toybox_folder(kind: str, model: str, toybox: Path = TOYBOX_WEIGHTS) -> str:
-    """The folder of the toybox's own encoder where a setting says "toybox"; any other model as it is."""
-    return str(toybox / kind) if model == "toybox" else model
-
-
-def load_encoders(settings: Evaluation, device: str = "cpu", toybox: Path = TOYBOX_WEIGHTS) -> Encoders:
-    """The encoders that `settings` name; "toybox" is the model in the toybox's own weights folder."""
-    dino = DinoEncoder(toybox_folder("dino", settings.dino, toybox), device, settings.batch_size)
-    clip_model = toybox_folder("clip", settings.clip, toybox)
-    clip = ClipEncoder(clip_model, device, settings.batch_size, settings.clip_precision)
-    if settings.reader is None:
-        return Encoders(dino, clip)
-    folder = toybox_folder("reader", settings.reader, toybox)
-    try:
-        with redirect_stdout(None):  # the hub's mixin prints that it loads
-            reader = Reader.from_pretrained(folder, local_files_only=True).eval().to(device)
-    except (OSError, ValueError, TypeError) as error:
-        raise EncoderError(_cannot_load("reader", folder, error)) from None
-    return Encoders(dino, clip, reader.read, _identity(folder))
+def load_encoders(settings: Evaluation, device: str = "cpu", reader: AttributeReader | None = None) -> Encoders:
+    """The encoders that `settings` name, with the `reader` that is handed in. Raises EncoderError."""
+    dino = DinoEncoder(shipped("dino", settings.dino), device, settings.batch_size)
+    clip = ClipEncoder(shipped("clip", settings.clip), device, settings.batch_size, settings.clip_precision)
+    return Encoders(dino, clip, reader)
 
 
 def preprocess(image: Image.Image, resize: int, crop: int, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
@@ -88,16 +81,18 @@ class DinoEncoder:
     """The CLS token of a transformers ViT (DINO v1 as published, DINOv2, the toybox's), from a folder or hub id."""
 
     def __init__(self, model: str, device: str = "cpu", batch_size: int = 64):
+        from transformers import AutoModel  # seconds, as open_clip below
+
         try:
             with _quietly():
                 loaded, report = AutoModel.from_pretrained(model, output_loading_info=True)
         except (OSError, ValueError) as error:
-            raise EncoderError(_cannot_load("dino", model, error)) from None
+            raise EncoderError(cannot_load("dino", model, error)) from None
         # Many ViTs are published without a pooler; the score is of the CLS token and never uses it.
         if missing := sorted(key for key in report["missing_keys"] if not key.startswith("pooler.")):
-            raise EncoderError(_cannot_load("dino", model, f"its weights lack {', '.join(missing[:3])}"))
+            raise EncoderError(cannot_load("dino", model, f"its weights lack {', '.join(missing[:3])}"))
         self.model = loaded.eval().to(device)
-        self.id, self.device, self.batch_size = _identity(model), device, batch_size
+        self.id, self.device, self.batch_size = identity(model), device, batch_size
         size = self.model.config.image_size
         # Published: 256 → 224, also for DINOv2. A model that is smaller (the toybox's) sees the whole image instead.
         self.resize, self.crop = (256, 224) if size >= 224 else (size, size)
@@ -125,6 +120,8 @@ class ClipEncoder:
     """An open_clip model from "<name>/<pretrained tag>", "hf-hub:<id>" or a folder in open_clip's local-dir layout."""
 
     def __init__(self, model: str, device: str = "cpu", batch_size: int = 64, precision: str = "float32"):
+        import open_clip
+
         name, tag = _open_clip_name(model)
         precision = _OPEN_CLIP_PRECISION[precision]
         try:
@@ -132,8 +129,8 @@ class ClipEncoder:
             self.model = clip.eval()
             self.tokenizer = open_clip.get_tokenizer(name)
         except (OSError, ValueError, RuntimeError) as error:
-            raise EncoderError(_cannot_load("clip", model, error)) from None
-        self.id, self.device, self.batch_size = f"{_identity(model)} {precision}", device, batch_size
+            raise EncoderError(cannot_load("clip", model, error)) from None
+        self.id, self.device, self.batch_size = f"{identity(model)} {precision}", device, batch_size
         self.dtype = open_clip.get_input_dtype(precision) or torch.float32
         configuration = open_clip.transform.PreprocessCfg(**self.model.visual.preprocess_cfg)
         self.preprocess = open_clip.transform.image_transform_v2(configuration, is_train=False)
@@ -164,6 +161,8 @@ def to_pixels(pictures: Sequence[Picture]) -> torch.Tensor:
 @contextmanager
 def _quietly():
     """Without transformers' progress bar and report of missing keys: the caller looks at the report itself."""
+    from transformers.utils import logging as transformers_logging
+
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -194,7 +193,7 @@ def _open_clip_name(model: str) -> tuple[str, str | None]:
     return name, tag
 
 
-def _identity(model: str) -> str:
+def identity(model: str) -> str:
     """A hub id or tag as it is; a folder by the content of its files, wherever it lies."""
     folder = Path(model)
     if not folder.is_dir():
@@ -205,7 +204,8 @@ def _identity(model: str) -> str:
     return f"{folder.name}@{digest.hexdigest()[:12]}"
 
 
-def _cannot_load(kind: str, model: str, error: Exception | str) -> str:
+def cannot_load(kind: str, model: str, error: Exception | str) -> str:
+    """One sentence for an encoder that `evaluation.<kind>` names."""
     reason = str(error).strip().split("\n")[0]
     return (
         f"evaluation.{kind} = '{model}' cannot be loaded ({reason}): "

@@ -14,7 +14,6 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from focusdpo_lib.evaluation.attributes import attribute_accuracy, leakage
 from focusdpo_lib.evaluation.benchmark import Benchmark, BenchmarkError, Case, open_image
 from focusdpo_lib.evaluation.encoders import Encoders, to_pixels
 from focusdpo_lib.params import Evaluation, Generation
@@ -104,7 +103,7 @@ def _scored(
     rows += _text_rows(images, embeddings, encoders, settings)  # the last embeddings are CLIP's
     if encoders.reader and benchmark.has_attributes:
         found = encoders.reader(to_pixels(pictures))
-        rows += _attribute_rows(images, [found[i] for i in at], benchmark)
+        rows += _attribute_rows(images, [found[i] for i in at], encoders, benchmark)
     return _table(rows, benchmark, encoders, settings, generation)
 
 
@@ -142,17 +141,12 @@ def _text_rows(images, embeddings, encoders: Encoders, settings: Evaluation) -> 
     return rows
 
 
-def _attribute_rows(images, found, benchmark: Benchmark) -> list[tuple]:
+def _attribute_rows(images, found, encoders: Encoders, benchmark: Benchmark) -> list[tuple]:
+    """Whatever the reader can say of an image whose subjects' attributes are known."""
     rows = []
     for (case, index), seen in zip(images, found, strict=True):
-        expected = [benchmark.subjects[name].attributes for name in case.subjects]
-        head = (case.id, index, case.unit, case.prompt)
-        for name, value in zip(case.subjects, attribute_accuracy(seen, expected), strict=True):
-            rows.append((*head, "attribute_accuracy", name, value, 1.0))
-        if len(expected) == 2:
-            for name, (leaked, possible) in zip(case.subjects, leakage(seen, expected), strict=True):
-                if possible:
-                    rows.append((*head, "leakage", name, leaked / possible, float(possible)))
+        expected = {name: benchmark.subjects[name].attributes for name in case.subjects}
+        rows += [(case.id, index, case.unit, case.prompt, *score) for score in encoders.reader.scores(seen, expected)]
     return rows
 
 

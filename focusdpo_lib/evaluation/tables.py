@@ -13,16 +13,9 @@ import pandas as pd
 
 from focusdpo_lib.evaluation import statistics
 from focusdpo_lib.evaluation.published import HEADING, NOTES, published
+from focusdpo_lib.evaluation.rows import FAMILIES, ROWS, family
 from focusdpo_lib.params import Evaluation
 
-ANCHORS = {"photos": "real photos", "oracle": "oracle (real renders)", "copy": "copy of the reference"}
-FAMILIES = {"uno": "UNO", "ipap": "IPAP"}  # a base's row; what was trained from it stands below it
-OBJECTIVES = {"sft": "SFT", "dpo": "DPO", "patchdpo": "PatchDPO", "focusdpo": "FocusDPO"}
-ROWS = ANCHORS | {  # as the paper names them: "uno" is UNO, "uno_sft" is UNO+SFT
-    key: label
-    for family, base in FAMILIES.items()
-    for key, label in [(family, base), *((f"{family}_{o}", f"{base}+{name}") for o, name in OBJECTIVES.items())]
-}
 METRICS = {
     "dino": "DINO",
     "clip_i": "CLIP-I",
@@ -38,12 +31,6 @@ ABSENT = "–"
 
 class ProtocolError(ValueError):
     """Runs that were measured differently were asked into one table; the message says which setting differs."""
-
-
-def family(row: str) -> str:
-    """The family of a row by its key: "uno" of "uno" and "uno_sft"; "" of a row that has no base, as an anchor."""
-    name = row.partition("_")[0]
-    return name if name in FAMILIES else ""
 
 
 def table(rows: Mapping[str, pd.DataFrame | list[pd.DataFrame]], settings: Evaluation) -> pd.DataFrame:

@@ -16,11 +16,11 @@ from PIL import Image
 from platformdirs import user_cache_path
 
 from focusdpo_lib import backbones, params, provenance
-from focusdpo_lib.evaluation.attributes import leakage, match
 from focusdpo_lib.evaluation.benchmark import KINDS, Benchmark
 from focusdpo_lib.generation import generate, image_name
 from focusdpo_lib.runs import atomic, write_json
 from focusdpo_lib.toybox import world
+from focusdpo_lib.toybox.attributes import leakage, match
 from focusdpo_lib.toybox.autoencoder import measure_autoencoder, train_autoencoder
 from focusdpo_lib.toybox.batches import to_pixels
 from focusdpo_lib.toybox.benchmark import write_benchmark
@@ -114,16 +114,14 @@ def measure_generator(
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m focusdpo_lib.toybox.recipe", description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--out", type=Path, default=backbones.SHIPPED, help="where the weights go (default: the package)"
-    )
+    parser.add_argument("--out", type=Path, default=params.SHIPPED, help="where the weights go (default: the package)")
     parser.add_argument(
         "--work",
         type=Path,
         default=user_cache_path("focusdpo") / "toybox",
         help="checkpoints, to resume (default: %(default)s)",
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=backbones.best_device())
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="shortens every stage; 0.001 tries the recipe out")
     chosen = parser.parse_args(arguments)

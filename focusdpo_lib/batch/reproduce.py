@@ -1,7 +1,7 @@
 """`make reproduce`: every notebook of a profile through papermill, in order, and both tables at the end.
 
-    python -m focusdpo_lib.reproduce --profile toybox --seeds 1
-    python -m focusdpo_lib.reproduce --families uno     # one family's trainings and rows alone
+    python -m focusdpo_lib.batch.reproduce --profile toybox --seeds 1
+    python -m focusdpo_lib.batch.reproduce --families uno     # one family's trainings and rows alone
 
 Every params/<profile>/NN_*.yaml is one run of notebooks/NN_*.ipynb; those of notebook 03 (03_<family>_<objective>) are
 run once a training seed, and the tables (a parameter `families`) come after them, each with the rows of the families
@@ -17,10 +17,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from focusdpo_lib import backbones, notebooks, params, runs
-from focusdpo_lib.batch import Job, add_overrides, chosen_overrides, resolved, run_all, span
-from focusdpo_lib.evaluation.encoders import toybox_folder
-from focusdpo_lib.evaluation.tables import FAMILIES, ROWS, family
+from focusdpo_lib import params, runs
+from focusdpo_lib.batch import notebooks
+from focusdpo_lib.batch.jobs import Job, add_overrides, chosen_overrides, resolved, run_all, span
+from focusdpo_lib.evaluation.rows import FAMILIES, ROWS, family
 from focusdpo_lib.params import ParameterError
 
 COSTS = "reproduce.yaml"  # beside the profile's params: what a run costs, as measured
@@ -150,12 +150,15 @@ def _inputs(book: Path, file: Path, over: Mapping[str, Any]) -> dict[str, Path |
     typed = {name: params.section(name, values[name], str(file)) for name in params.SECTIONS.keys() & values.keys()}
     named: dict[str, Path | str] = {}
     if "backbone" in typed:
-        named["model"] = _model(typed["backbone"])
+        named["model"] = params.shipped(typed["backbone"].family, typed["backbone"].model)
     if "families" in typed:
-        named |= {f"model of {name}": _model(rows.backbone) for name, rows in typed["families"].given.items()}
+        named |= {
+            f"model of {name}": params.shipped(rows.backbone.family, rows.backbone.model)
+            for name, rows in typed["families"].given.items()
+        }
     if evaluation := typed.get("evaluation"):
         kinds = {"dino": evaluation.dino, "clip": evaluation.clip, "reader": evaluation.reader}
-        named |= {kind: toybox_folder(kind, model) for kind, model in kinds.items() if model}
+        named |= {kind: params.shipped(kind, model) for kind, model in kinds.items() if model}
     found = {n: book.parent / model if str(model).startswith((".", "/")) else model for n, model in named.items()}
     if "benchmark" in typed and (folder := typed["benchmark"].folder) != "toybox":
         found["benchmark"] = book.parent / folder
@@ -164,10 +167,6 @@ def _inputs(book: Path, file: Path, over: Mapping[str, Any]) -> dict[str, Path |
                 f"benchmark.folder = '{folder}' in {file} is not there: correct it (from {book.parent})"
             )
     return found
-
-
-def _model(backbone: params.Backbone) -> str:
-    return backbones.model_path(backbone) if backbone.model == "toybox" else backbone.model
 
 
 def missing_models(jobs: Sequence[Job]) -> list[Path]:
@@ -263,7 +262,7 @@ def reproduce(jobs: Sequence[Job], results: Path, cost: Mapping[str, Any], refer
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m focusdpo_lib.reproduce", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m focusdpo_lib.batch.reproduce", description=__doc__.splitlines()[0])
     parser.add_argument("--profile", default="toybox", help="a folder of params/")
     parser.add_argument("--seeds", type=int, default=1, help="training seeds of every objective")
     of = {"nargs": "+", "choices": FAMILIES, "default": list(FAMILIES)}

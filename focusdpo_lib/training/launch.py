@@ -5,8 +5,8 @@ that holds memory would starve its children, so nothing is trained in the notebo
 machines than one, all of them see the run's folder, the notebook runs on the first, and on each of the others, in
 notebooks/, where the paths of the settings start,
 
-    python -m focusdpo_lib.launch ../results/paper/training/RUN --pairs ../results/paper/prepared/HASH --processes 16 \\
-        --machines 2 --machine-rank 1 --main-address HOST --main-port 29500
+    python -m focusdpo_lib.training.launch ../results/paper/training/RUN --pairs ../results/paper/prepared/HASH \\
+        --processes 16 --machines 2 --machine-rank 1 --main-address HOST --main-port 29500
 """
 
 import argparse
@@ -25,9 +25,9 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 
 from focusdpo_lib import backbones, params, provenance, runs
-from focusdpo_lib.memory import MemoryAdvice
-from focusdpo_lib.pairs import load
 from focusdpo_lib.training import TrainingError, train
+from focusdpo_lib.training.memory import MemoryAdvice
+from focusdpo_lib.training.pairs import load
 
 FACTS = "processes.json"  # the device and peak memory of every process
 LOG = "launch-{}.log"  # what the processes of a machine write to stderr; kept when they fail
@@ -65,7 +65,7 @@ def command(folder: Path, prepared: Path, processes: int, launch: params.Launch,
     }
     words = [f"--{name}={value}" for name, value in options.items() if value is not None]
     words += ["--multi_gpu"] if processes > 1 else []  # torchrun, also where there are only CPUs
-    module = ["--module", "focusdpo_lib.launch", str(folder), "--pairs", str(prepared), "--worker"]
+    module = ["--module", "focusdpo_lib.training.launch", str(folder), "--pairs", str(prepared), "--worker"]
     return [sys.executable, "-m", "accelerate.commands.launch", *words, *module]
 
 
@@ -115,7 +115,7 @@ def work(folder: Path, prepared: Path) -> None:
             "training.gradient_accumulation by as much"
         )
     accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
+        cpu=backbones.best_device() == "cpu",
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
     if accelerator.num_processes != use["training"].processes:
@@ -134,7 +134,9 @@ def work(folder: Path, prepared: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m focusdpo_lib.launch", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m focusdpo_lib.training.launch", description=__doc__.split("\n\n")[0]
+    )
     parser.add_argument("folder", type=Path, help="the training run, begun by notebook 03")
     parser.add_argument("--pairs", type=Path, required=True, help="its prepared pairs")
     parser.add_argument("--processes", type=int, default=1, help="of all machines")

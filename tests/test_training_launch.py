@@ -14,10 +14,10 @@ import yaml
 from safetensors.torch import load_file
 from tiny_training import TRAINING
 
-from focusdpo_lib import launch, params, stages
-from focusdpo_lib.checkpoints import CHECKPOINT, held
+from focusdpo_lib import params, stages
 from focusdpo_lib.runs import RunError, is_complete
-from focusdpo_lib.training import ADAPTER, TrainingError
+from focusdpo_lib.training import ADAPTER, TrainingError, launch
+from focusdpo_lib.training.checkpoints import CHECKPOINT, held
 
 WEIGHTS = f"{ADAPTER}/pytorch_lora_weights.safetensors"
 DIP = params.Dip(train_pairs=16, validation_pairs=1)
@@ -76,7 +76,15 @@ def test_two_machines_compute_what_two_processes_of_one_do(results, tiny_flux):
         time.sleep(0.1)
     (prepared,) = (results / "prepared").iterdir()
     words = f"--processes 2 --machines 2 --machine-rank 1 --main-address 127.0.0.1 --main-port {port}"
-    command = [sys.executable, "-m", "focusdpo_lib.launch", str(folder), "--pairs", str(prepared), *words.split()]
+    command = [
+        sys.executable,
+        "-m",
+        "focusdpo_lib.training.launch",
+        str(folder),
+        "--pairs",
+        str(prepared),
+        *words.split(),
+    ]
     second = subprocess.run(command, capture_output=True, text=True, timeout=200)
     first.join(100)
     assert second.returncode == 0, second.stderr
@@ -117,7 +125,7 @@ def test_a_process_that_was_killed_leaves_a_run_that_goes_on(results, tiny_flux)
     deadline = time.monotonic() + 200
     while not (folder / CHECKPOINT).exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    found = subprocess.run(["pgrep", "-f", f"focusdpo_lib.launch {folder}"], capture_output=True, text=True)
+    found = subprocess.run(["pgrep", "-f", f"focusdpo_lib.training.launch {folder}"], capture_output=True, text=True)
     os.kill(int(found.stdout.split()[-1]), signal.SIGKILL)  # the youngest: the process that trains
     thread.join(60)
     assert not thread.is_alive()

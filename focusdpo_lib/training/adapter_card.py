@@ -6,10 +6,10 @@ import pandas as pd
 
 from focusdpo_lib import backbones, params, provenance
 from focusdpo_lib.backbones import is_hub_id
-from focusdpo_lib.checkpoints import LOG
+from focusdpo_lib.evaluation.rows import OBJECTIVES
 from focusdpo_lib.runs import write_text
+from focusdpo_lib.training.checkpoints import LOG
 
-NAMES = {"sft": "SFT", "dpo": "DPO", "patchdpo": "PatchDPO", "focusdpo": "FocusDPO"}
 LOADING = {
     "flux_uno": """import torch
 from diffusers import FluxPipeline
@@ -85,14 +85,14 @@ def write(
 ) -> None:
     """Writes README.md into an adapter's folder, from the settings and log of its training `run` and its `device`."""
     log = pd.read_csv(run / LOG)
-    family, model = backbones.FAMILIES[backbone.family], _name(backbone.model)
+    family, model = backbones.family_class(backbone.family), _name(backbone.model)
     made = provenance.facts()
     shown = {**training.model_dump(exclude={"lora"}), **objective.model_dump(include=set(USED[objective.name]))}
     shown |= masks.model_dump() if objective.name == "focusdpo" else {}
     text = CARD.format(
         front=f"base_model: {backbone.model}\nbase_model_relation: adapter\n" if is_hub_id(model) else "",
         objective=objective.name,
-        name=NAMES[objective.name],
+        name=OBJECTIVES[objective.name],
         model=model,
         rank=training.lora.rank,
         alpha=f"{training.lora.alpha or training.lora.rank:g}",

@@ -1,11 +1,15 @@
 """What a reader saw in an image against what should be there: attribute accuracy and leakage between two subjects.
 
 An identity is a dict of attributes (class_name, base, accent, pattern, trim). The functions are pure; what reads an
-image is the toybox's reader.
+image is the reader, which `load_reader` makes one of a benchmark's encoders.
 """
 
+from contextlib import redirect_stdout
 from itertools import permutations
 
+import torch
+
+from focusdpo_lib.evaluation.encoders import EncoderError, cannot_load, identity
 from focusdpo_lib.toybox.world import ATTRIBUTES
 
 CAN_LEAK = tuple(name for name in ATTRIBUTES if name != "class_name")
@@ -50,3 +54,35 @@ def leakage(found: list[dict], expected: list[dict]) -> list[tuple[int, int]]:
 
 def _right(seen: dict, true: dict) -> list[str]:
     return [name for name in ATTRIBUTES if seen[name] == true[name]]
+
+
+class ToyboxReader:
+    """The reader as the protocol takes it (`evaluation.encoders.AttributeReader`); `id` names its weights."""
+
+    def __init__(self, model, id: str) -> None:
+        self.model, self.id = model, id
+
+    def __call__(self, pixels: torch.Tensor) -> list[list[dict]]:
+        return self.model.read(pixels)
+
+    def scores(self, found: list[dict], expected: dict[str, dict]) -> list[tuple[str, str, float, float]]:
+        """(metric, subject, value, weight): each subject's attribute accuracy and, of two subjects, the leakage."""
+        true = list(expected.values())
+        accuracy = attribute_accuracy(found, true)
+        rows = [("attribute_accuracy", name, value, 1.0) for name, value in zip(expected, accuracy, strict=True)]
+        if len(true) == 2:
+            counts = zip(expected, leakage(found, true), strict=True)
+            rows += [("leakage", name, leaked / of, float(of)) for name, (leaked, of) in counts if of]
+        return rows
+
+
+def load_reader(folder: str, device: str = "cpu") -> ToyboxReader:
+    """The reader in a folder that `save_reader` wrote. Raises EncoderError."""
+    from focusdpo_lib.toybox.reader import Reader  # with torchvision's models: half a second
+
+    try:
+        with redirect_stdout(None):  # the hub's mixin prints that it loads
+            model = Reader.from_pretrained(folder, local_files_only=True).eval().to(device)
+    except (OSError, ValueError, TypeError) as error:
+        raise EncoderError(cannot_load("reader", folder, error)) from None
+    return ToyboxReader(model, identity(folder))

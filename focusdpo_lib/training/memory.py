@@ -35,7 +35,7 @@ class MemoryAdvice(AbstractContextManager):
         self.backbone, self.training, self.preparing = backbone, training, preparing
 
     def __exit__(self, kind, error, trace) -> None:
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, torch.OutOfMemoryError) or "MPS backend out of memory" in str(error):
             what = "train" if self.training else "prepare pairs" if self.preparing else "sample"
             remedy = advice(self.backbone, self.training)
             if self.preparing and self.backbone.weights != "float32":  # a preset changes nothing for the encoders

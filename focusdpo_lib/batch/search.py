@@ -1,7 +1,7 @@
 """The equal-budget search: learning rate, β and steps of every objective, chosen on the validation identities.
 
-    python -m focusdpo_lib.search --profile toybox                            # UNO
-    python -m focusdpo_lib.search --profile toybox --file search_ipap.yaml    # IPAP
+    python -m focusdpo_lib.batch.search --profile toybox                            # UNO
+    python -m focusdpo_lib.batch.search --profile toybox --file search_ipap.yaml    # IPAP
 
 Reads params/<profile>/search.yaml, trains every trial on the train pairs, samples the *validation* benchmark (cases of
 `kinds`: one and two subjects, unless it says otherwise) and scores DINO and attribute accuracy; their mean over the
@@ -21,10 +21,10 @@ from typing import Any
 import pandas as pd
 
 from focusdpo_lib import params, stages
-from focusdpo_lib.batch import time_left
+from focusdpo_lib.batch.jobs import time_left
 from focusdpo_lib.evaluation import statistics
 from focusdpo_lib.evaluation.benchmark import KINDS, Benchmark
-from focusdpo_lib.evaluation.encoders import Encoders, load_encoders
+from focusdpo_lib.evaluation.encoders import Encoders
 from focusdpo_lib.params import ParameterError
 from focusdpo_lib.runs import atomic
 
@@ -127,7 +127,7 @@ def search(path: Path, results: Path, objectives: Sequence[str] | None = None) -
     settings = read(path)
     source = settings.sections["benchmark"]
     benchmarks = {kind: stages.load_benchmark(results, source, kind, split="validation") for kind in settings.kinds}
-    encoders = load_encoders(settings.sections["evaluation"], stages.device())
+    encoders = stages.load_encoders(settings.sections["evaluation"])
     wanted = [t for t in settings.trials if objectives is None or t.objective in objectives]
     rows, pace = [], []
     for number, trial in enumerate([None, *wanted]):
@@ -167,7 +167,7 @@ def best(table: pd.DataFrame) -> pd.DataFrame:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; the exit code is 1, with one sentence, when the search cannot go on."""
-    parser = argparse.ArgumentParser(prog="python -m focusdpo_lib.search", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m focusdpo_lib.batch.search", description=__doc__.splitlines()[0])
     parser.add_argument("--profile", default="toybox", help="folder of params/ that holds the file")
     parser.add_argument("--file", default=YAML, help="the YAML of the search; another family has its own")
     parser.add_argument("--params", type=Path, default=Path("params"))

@@ -19,7 +19,6 @@ from focusdpo_lib import params
 from focusdpo_lib.comparison import errors_by_region
 from focusdpo_lib.dip.dataset import DatasetError
 from focusdpo_lib.masks import correspondence, detail_field, focus_field
-from focusdpo_lib.pairs import pixels, prepare
 from focusdpo_lib.runs import RunError
 from focusdpo_lib.training import (
     ADAPTER,
@@ -36,6 +35,7 @@ from focusdpo_lib.training import (
     step_objective,
     train,
 )
+from focusdpo_lib.training.pairs import pixels, prepare
 
 OBJECTIVES = ("sft", "dpo", "patchdpo", "focusdpo")
 CHILDREN = multiprocessing.get_context("forkserver")  # imports once what every child needs

@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import load_file
 from tiny_training import tiny_pairs
 
-from focusdpo_lib import pairs as module
-from focusdpo_lib import params, row_file, stages
+from focusdpo_lib import params, stages
 from focusdpo_lib.dip.dataset import write_dataset
-from focusdpo_lib.pairs import load, prepare_into
-from focusdpo_lib.row_file import RowFile
 from focusdpo_lib.runs import LOCK, RunError, locked
+from focusdpo_lib.training import pairs as module
+from focusdpo_lib.training import row_file
+from focusdpo_lib.training.pairs import load, prepare_into
+from focusdpo_lib.training.row_file import RowFile
 
 FACTS = {"ids": "[]"}
 

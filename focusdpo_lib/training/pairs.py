@@ -16,7 +16,7 @@ from focusdpo_lib.backbones import Backbone, Conditioning
 from focusdpo_lib.dip.dataset import DatasetError, Pair
 from focusdpo_lib.masks import detail_field, prior_tokens, to_grid
 from focusdpo_lib.objectives import patch_quality
-from focusdpo_lib.row_file import RowFile
+from focusdpo_lib.training.row_file import RowFile
 
 # Pixels (B, 3, H, W) in [-1, 1] → patch tokens (B, P, d) of a vision encoder, row-major on a square grid.
 PatchEncoder = Callable[[torch.Tensor], torch.Tensor]

@@ -21,13 +21,11 @@ from tqdm import tqdm
 
 from focusdpo_lib import params
 from focusdpo_lib.backbones import Backbone
-from focusdpo_lib.checkpoints import CHECKPOINT, LOG, append_log, cut_log, held, resume, save_checkpoint
 from focusdpo_lib.masks import CorrespondenceTap, Focus, focus_field
 from focusdpo_lib.objectives import Objective, flow_weight, patchdpo_loss, preference_loss, sft_loss
-from focusdpo_lib.pairs import PreparedPairs
 from focusdpo_lib.runs import atomic
-
-__all__ = ["ADAPTER", "CHECKPOINT", "LOG", "Draw", "TrainingError", "draws", "focus_masks", "new_tap", "train"]
+from focusdpo_lib.training.checkpoints import append_log, cut_log, held, resume, save_checkpoint
+from focusdpo_lib.training.pairs import PreparedPairs
 
 ADAPTER = "adapter"
 

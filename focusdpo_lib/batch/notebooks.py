@@ -9,8 +9,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import nbformat
-
 from focusdpo_lib import params, runs
 from focusdpo_lib.params import ParameterError
 
@@ -19,8 +17,10 @@ class NotebookError(RuntimeError):
     """A notebook that did not run to its end; the message says which, in which cell, why, and what is kept."""
 
 
-def read(notebook: Path) -> nbformat.NotebookNode:
+def read(notebook: Path) -> Any:
     """The notebook, or a ParameterError that says why it cannot be read."""
+    import nbformat  # a second: not for `--help`
+
     try:
         return nbformat.read(notebook, as_version=4)
     except FileNotFoundError:

@@ -7,7 +7,6 @@ Each job's folder gets <name>.ipynb, <name>.html, params.yaml, provenance.json a
 
 import argparse
 import shutil
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +15,9 @@ from typing import Any
 
 import yaml
 
-from focusdpo_lib import notebooks, params, runs
-from focusdpo_lib.notebooks import NotebookError
+from focusdpo_lib import params, runs
+from focusdpo_lib.batch import notebooks
+from focusdpo_lib.batch.notebooks import NotebookError
 from focusdpo_lib.params import ParameterError
 
 
@@ -171,7 +171,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     suffix = "".join(f"_{path.stem}" for path in given.over)
     suffix += "".join(f"_{key.split('.')[-1]}-{value}" for key, _, value in (t.partition("=") for t in given.set))
     return run_all([Job(given.notebook, given.into / (p.stem + suffix), p, overrides) for p in given.params])
-
-
-if __name__ == "__main__":
-    sys.exit(main())

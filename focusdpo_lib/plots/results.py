@@ -1,4 +1,4 @@
-"""The figures of training and results (notebooks 03, 04 and 05). Tables in, matplotlib Figures out, as in `plots`."""
+"""The figures of training and results (notebooks 03, 04 and 05). Tables in, matplotlib Figures out."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from focusdpo_lib.evaluation.benchmark import Benchmark, Case, open_image
-from focusdpo_lib.evaluation.tables import FAMILIES, OBJECTIVES, ROWS, family
+from focusdpo_lib.evaluation.rows import FAMILIES, OBJECTIVES, ROWS, family
 from focusdpo_lib.generation import IMAGES, image_name
-from focusdpo_lib.plots import BRANCH_COLOURS, OBJECTIVE_COLOURS, WIDTH, bare, subplots
+from focusdpo_lib.plots.style import BRANCH_COLOURS, OBJECTIVE_COLOURS, WIDTH, bare, subplots
 
 DASHES = {"sft": ":", "dpo": "--", "patchdpo": "-.", "focusdpo": "-"}  # a second mark beside the colour
 MARKERS = {"base": "o", "sft": "v", "dpo": "s", "patchdpo": "^", "focusdpo": "D"}

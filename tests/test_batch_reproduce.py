@@ -11,12 +11,12 @@ import torch
 import yaml
 from tiny_models import write_tiny_models, write_tiny_profile
 
-from focusdpo_lib import comparison, notebooks, params, reproduce, runs, search
-from focusdpo_lib.batch import resolved
-from focusdpo_lib.evaluation.attributes import attribute_accuracy
+from focusdpo_lib import comparison, params, runs
+from focusdpo_lib.batch import notebooks, reproduce, resolved, search
 from focusdpo_lib.evaluation.benchmark import Benchmark
 from focusdpo_lib.evaluation.encoders import Encoders, to_pixels
 from focusdpo_lib.params import ParameterError
+from focusdpo_lib.toybox.attributes import ToyboxReader, attribute_accuracy
 from focusdpo_lib.toybox.reader import Reader
 from focusdpo_lib.toybox.world import Identity
 
@@ -164,7 +164,7 @@ def test_attribute_shares_average_to_attribute_accuracy(ran):
     benchmark = Benchmark.load(results / "benchmark" / "test-0", "multi").first_prompts(1)
     images = results / "generation" / "multi" / "oracle"
     few = params.section("families", {"uno": {"generation": {"prompts": 1}}}).given
-    encoders = Encoders(None, None, reader.read)
+    encoders = Encoders(None, None, ToyboxReader(reader, "untrained"))
     shares = comparison.attribute_table(benchmark, {"oracle": [images]}, encoders, settings, few)
     found = reader.read(to_pixels([images / "images" / f"{case.id}_0.png" for case in benchmark.cases]))
     expected = [[benchmark.subjects[name].attributes for name in case.subjects] for case in benchmark.cases]

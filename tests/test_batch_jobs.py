@@ -9,8 +9,9 @@ import time
 import nbformat
 import pytest
 
-from focusdpo_lib import batch, notebooks, runs
-from focusdpo_lib.batch import Job
+from focusdpo_lib import runs
+from focusdpo_lib.batch import Job, notebooks
+from focusdpo_lib.batch import jobs as batch
 from focusdpo_lib.params import ParameterError
 
 PARAMETERS = "seed = 0\nrate = 0.5\nfolder = 'x'\nlimit = None\nmasks = {'tau': 0.1}"

@@ -1,0 +1,3 @@
+"""Notebooks in batches: one job a run of a notebook, a whole profile, or a search over settings."""
+
+from focusdpo_lib.batch.jobs import Job, execute, resolved, run_all

@@ -1,0 +1,29 @@
+"""Every figure of the kit.
+
+Functions take plain arrays or tables and return a matplotlib Figure that pyplot has let go of: it appears where a
+notebook names it as a cell's last line, once, and `figure.savefig` keeps it.
+"""
+
+from focusdpo_lib.plots.masks import (
+    MaskRow,
+    coverage_by_timestep,
+    disruption_counts,
+    entropy_steps,
+    extreme_patches,
+    image_grid,
+    mask_gallery,
+    outline,
+    pair_gallery,
+    pipeline,
+    token_grids,
+)
+from focusdpo_lib.plots.results import (
+    attribute_accuracy,
+    branches_over_training,
+    differences,
+    intervals,
+    sample_grid,
+    training_by_timestep,
+    training_curves,
+)
+from focusdpo_lib.plots.style import BRANCH_COLOURS, OBJECTIVE_COLOURS, SUBJECT_COLOURS, pictures, use_style

@@ -1,0 +1,18 @@
+"""Algorithm 1: from preference pairs to an adapter, in one process or many, resumable at any moment."""
+
+from focusdpo_lib.training.checkpoints import CHECKPOINT, LOG
+from focusdpo_lib.training.loop import (
+    ADAPTER,
+    Draw,
+    TrainingError,
+    draw_timesteps,
+    draws,
+    focus_masks,
+    generator,
+    log_rows,
+    new_optimizer,
+    new_tap,
+    step_objective,
+    train,
+)
+from focusdpo_lib.training.pairs import PreparedPairs, prepare, prepare_into
