@@ -31,9 +31,13 @@ reproduce: $(ready) ## Run every notebook and print Tables 1 and 2 (PROFILE=toyb
 lab: $(ready) ## Open JupyterLab on the notebooks
 	$(python) -m jupyterlab notebooks
 
-# Two threads: the tests' tensors are small, and more threads only wait for each other.
+# One thread a process: the tests' tensors are small, and threads would only wait for each other. A file stays with one
+# worker, for its tests share what they make, and the longest come first (tests/conftest.py).
+pytest := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(python) -m pytest -q
+workers := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 test: lint ## Lint and test (within 10 minutes; downloads nothing but the packages)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} HF_HUB_OFFLINE=1 $(python) -m pytest -q
+	$(pytest) $(workers)
 
 lint: $(ready) ## Check style, format, and that notebooks are committed without outputs
 	$(python) -m ruff check

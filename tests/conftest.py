@@ -1,12 +1,12 @@
 """Real models of tiny size with random weights, loaded as published ones are, and pairs to train on."""
 
-import diffusers.quantizers.bitsandbytes.bnb_quantizer as diffusers_bnb
 import pytest
 import torch
 from tiny_training import load_tiny, tiny_pairs
 from transformers import ViTConfig, ViTModel
 
 from focusdpo_lib import params
+from focusdpo_lib.backbones import family
 from focusdpo_lib.evaluation.encoders import DinoEncoder
 from focusdpo_lib.toybox.pipelines import build_autoencoder, build_flux
 from focusdpo_lib.training.pairs import prepare
@@ -14,6 +14,24 @@ from focusdpo_lib.training.pairs import prepare
 SIZES = {"heads": 2, "head_dim": 16, "double_blocks": 2, "single_blocks": 2, "text_dim": 16}
 
 torch.set_num_threads(1)  # tensors this small only lose time to threads, and sums keep one order
+
+# These files take a minute each, most of it in processes that they start: of several workers each begins with one.
+LONG = ("batch_reproduce", "training_launch", "bench_count", "paper_profile", "bench", "notebooks", "comparison")
+
+
+def pytest_collection_modifyitems(items):
+    place = {f"test_{name}": number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+
+
+def pytest_addoption(parser):
+    what = "computes as if the processor had bfloat16 arithmetic of its own, or had none (in this process alone)"
+    parser.addoption("--bfloat16", choices=["yes", "no"], help=what)
+
+
+def pytest_configure(config):
+    if (chosen := config.getoption("--bfloat16")) is not None:
+        family.computes_in_bfloat16 = lambda device: chosen == "yes"
 
 
 def build_tiny_flux(**changes):
@@ -68,6 +86,8 @@ def bitsandbytes_on_cpu(monkeypatch):
 
     Its packed CPU format is for inference alone, and is taken by a frozen model in evaluation mode: it is kept off.
     """
+    import diffusers.quantizers.bitsandbytes.bnb_quantizer as diffusers_bnb
+
     logging = pytest.importorskip("bitsandbytes.autograd._functions").logger
     monkeypatch.setattr(logging, "disabled", True)
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)

@@ -13,6 +13,7 @@ from test_both_families import FAMILIES, policy, run, settings
 from tiny_training import TRAINING, refusal
 
 from focusdpo_lib import backbones, params
+from focusdpo_lib.backbones import loading
 from focusdpo_lib.params import ParameterError
 from focusdpo_lib.toybox.pipelines import build_autoencoder
 from focusdpo_lib.toybox.unet import new_backbone, save_backbone
@@ -174,7 +175,7 @@ def test_a_quantized_base_without_a_gpu_or_without_bitsandbytes_says_what_to_do(
         assert refusal(model=str(tiny_flux), weights="nf4").endswith(
             "(a quantized base needs a GPU): set backbone.weights to bfloat16 or float32"
         )
-    monkeypatch.setattr(backbones, "find_spec", lambda name: None)
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
     message = refusal(model=str(tiny_flux), weights="int8")
     assert message == "backbone.weights int8 needs bitsandbytes: install the extra [quantized]"
 

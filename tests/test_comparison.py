@@ -38,9 +38,8 @@ def ran(tmp_path_factory, models, plain):
     profile = write_tiny_profile(ROOT / "params" / "smoke", into / "params", models, BOOKS)
     over = {"results": str(into), "benchmark.folder": str(plain)}
     for name, book in BOOKS.items():
-        batch.execute(
-            Job(ROOT / "notebooks" / f"{book}.ipynb", into / "notebooks" / name, profile / f"{name}.yaml", over)
-        )
+        job = Job(ROOT / "notebooks" / f"{book}.ipynb", into / "notebooks" / name, profile / f"{name}.yaml", over)
+        batch.execute(job, warm=True)
     return into
 
 

@@ -27,7 +27,8 @@ def ran(tmp_path_factory, tiny_flux):
         known = notebooks.parameters(notebook)
         values = {"results": str(into), "backbone.model": str(tiny_flux)}
         values = {key: value for key, value in values.items() if key.partition(".")[0] in known}
-        batch.execute(Job(notebook, into / "notebooks" / yaml, ROOT / "params" / "smoke" / f"{yaml}.yaml", values))
+        job = Job(notebook, into / "notebooks" / yaml, ROOT / "params" / "smoke" / f"{yaml}.yaml", values)
+        batch.execute(job, warm=True)
     return into
 
 

@@ -47,7 +47,15 @@ def train(results, model, name, machines=None, **changes):
     )
 
 
-def test_two_launched_processes_give_the_weights_of_one_that_accumulates(results, tiny_flux, capfd):
+def test_two_launched_processes_give_the_weights_of_one_that_accumulates(
+    results, tiny_flux, capfd, tmp_path, monkeypatch
+):
+    """And what the user once answered to `accelerate config` is not taken: a default config for DeepSpeed would start
+    another launcher, which is not even installed."""
+    (tmp_path / "accelerate").mkdir()
+    answers = launch.NOTHING | {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}}
+    (tmp_path / "accelerate" / "default_config.yaml").write_text(yaml.safe_dump(answers))
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
     folder = train(results, tiny_flux, "two", processes=2)
     shown, errors = capfd.readouterr()
     assert "4/4" in shown and not errors.strip()
@@ -93,15 +101,6 @@ def test_two_machines_compute_what_two_processes_of_one_do(results, tiny_flux):
     one = train(results, tiny_flux, "one", gradient_accumulation=2)
     ours, theirs = load_file(folder / WEIGHTS), load_file(one / WEIGHTS)
     assert all(torch.allclose(value, theirs[name], atol=1e-6) for name, value in ours.items())
-
-
-def test_what_the_user_once_answered_to_accelerate_config_is_not_taken(results, tiny_flux, tmp_path, monkeypatch):
-    """A default config for DeepSpeed would start another launcher, which is not even installed."""
-    (tmp_path / "accelerate").mkdir()
-    answers = launch.NOTHING | {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}}
-    (tmp_path / "accelerate" / "default_config.yaml").write_text(yaml.safe_dump(answers))
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    assert is_complete(train(results, tiny_flux, "own-config", processes=1))
 
 
 def test_what_a_process_said_comes_back_as_one_sentence(results, tiny_flux):

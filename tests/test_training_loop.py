@@ -1,7 +1,6 @@
 """Algorithm 1: what a step draws, computes and changes; what the log keeps; and that no kill leaves a trace."""
 
 import math
-import multiprocessing
 import socket
 import time
 from dataclasses import replace
@@ -16,6 +15,7 @@ from scipy import stats
 from tiny_training import TRAINING, child_train, load_tiny, tiny_train
 
 from focusdpo_lib import params
+from focusdpo_lib.batch import warm
 from focusdpo_lib.comparison import errors_by_region
 from focusdpo_lib.dip.dataset import DatasetError
 from focusdpo_lib.masks import correspondence, detail_field, focus_field
@@ -26,8 +26,6 @@ from focusdpo_lib.training import (
     LOG,
     Draw,
     TrainingError,
-    _gradients,
-    _update,
     draw_timesteps,
     draws,
     generator,
@@ -35,11 +33,11 @@ from focusdpo_lib.training import (
     step_objective,
     train,
 )
+from focusdpo_lib.training.loop import _gradients, _update
 from focusdpo_lib.training.pairs import pixels, prepare
 
 OBJECTIVES = ("sft", "dpo", "patchdpo", "focusdpo")
-CHILDREN = multiprocessing.get_context("forkserver")  # imports once what every child needs
-CHILDREN.set_forkserver_preload(["focusdpo_lib.training", "focusdpo_lib.dip.toybox"])
+CHILDREN = warm.context  # imports once what every child needs
 
 
 def adapter(folder):

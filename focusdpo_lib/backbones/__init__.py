@@ -2,7 +2,7 @@
 
 from focusdpo_lib.backbones.conditioning import Conditioning
 from focusdpo_lib.backbones.interface import Backbone
-from focusdpo_lib.backbones.loading import CLASSES, BackboneError, best_device, family_class, inputs, load
+from focusdpo_lib.backbones.loading import CLASSES, BackboneError, best_device, family_class, identity, inputs, load
 from focusdpo_lib.backbones.revisions import is_hub_id, pinned
 
 

@@ -58,8 +58,11 @@ def replaced(section: Any, keys: Sequence[str], value: Any) -> Any:
     return {**group, keys[0]: replaced(group.get(keys[0]), keys[1:], value)}
 
 
-def execute(job: Job) -> bool:
-    """Runs the job unless it is complete; says whether it ran. NotebookError, ParameterError or RunError on failure."""
+def execute(job: Job, warm: bool = False) -> bool:
+    """Runs the job unless it is complete; says whether it ran. NotebookError, ParameterError or RunError on failure.
+
+    `warm`: as of `notebooks.execute`.
+    """
     values, name = resolved(job), job.name
     inputs = {**job.inputs, "notebook": notebooks.source_hash(job.notebook)}
     if runs.Run(job.folder, values, inputs).complete and all(map(runs.is_complete, job.products)):
@@ -68,7 +71,7 @@ def execute(job: Job) -> bool:
         shutil.rmtree(left_over.parent, ignore_errors=True)
     failed = job.folder.with_name(f"{name}.failed.ipynb")
     with runs.atomic(job.folder) as partial, runs.Run(partial, values, inputs):
-        notebooks.execute(job.notebook, partial / f"{name}.ipynb", values, failed)
+        notebooks.execute(job.notebook, partial / f"{name}.ipynb", values, failed, warm)
         unfinished = [str(p) for p in job.products if not runs.is_complete(p)]
         if unfinished:
             raise NotebookError(f"{name}: {job.notebook} ran to its end but left {', '.join(unfinished)} unfinished")
@@ -93,7 +96,7 @@ def run_all(jobs: Sequence[Job]) -> int:
         _say(f"{label} started" + (f", about {time_left(left, pace)} left" if pace else ""))
         start = time.monotonic()
         try:
-            ran = execute(job)
+            ran = execute(job, warm=len(jobs) > 1)
         except KeyboardInterrupt:
             _say(f"{label} interrupted: run the same command again to go on; what is complete is kept")
             return 130

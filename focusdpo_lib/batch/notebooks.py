@@ -73,13 +73,14 @@ def check(notebook: Path, values: Mapping[str, Any], where: str) -> None:
         _check_type(name, value, defaults[name], where)
 
 
-def execute(notebook: Path, output: Path, values: Mapping[str, Any], failed: Path) -> None:
+def execute(notebook: Path, output: Path, values: Mapping[str, Any], failed: Path, warm: bool = False) -> None:
     """Runs the notebook in its own folder (as JupyterLab does) into `output`, and writes `output`.html beside it.
 
-    A notebook that stops is kept as far as it went as `failed`; NotebookError names the cell and the reason.
+    A notebook that stops is kept as far as it went as `failed`; NotebookError names the cell and the reason. `warm`:
+    its kernel is forked from a process that has imported everything (see `warm`), which pays from the second one on.
     """
     with _explained(notebook, output, failed):
-        _papermill(notebook, output, values)
+        _papermill(notebook, output, values, warm)
     _export_html(output)
 
 
@@ -91,17 +92,21 @@ def _check_type(name: str, value: Any, default: Any, where: str) -> None:
     raise ParameterError(f"{name} = {value!r} in {where} should be a {type(default).__name__}{hint}: correct it there")
 
 
-def _papermill(notebook: Path, output: Path, values: Mapping[str, Any]) -> None:
+def _papermill(notebook: Path, output: Path, values: Mapping[str, Any], warm: bool) -> None:
     import papermill
     import traitlets
     from ipykernel.kernelspec import get_kernel_dict
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpec
 
+    spec = get_kernel_dict()
+    if warm:
+        spec["metadata"]["kernel_provisioner"] = {"provisioner_name": "focusdpo-warm"}
+
     class ThisPython(AsyncKernelManager):
         """The kernel is the Python that runs this, whatever kernels are installed and whatever the notebook names."""
 
-        kernel_spec = KernelSpec(**get_kernel_dict())
+        kernel_spec = KernelSpec(**spec)
 
         @traitlets.default("transport_encryption")
         def _encrypted_where_it_can_be(self) -> str:

@@ -11,6 +11,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -18,30 +19,36 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Features, Image, List, Value
 from PIL import Image as PILImage
 
 from focusdpo_lib.runs import atomic
 
 SPLITS = ("train", "validation", "test")
 ROWS_PER_GROUP = 64  # rows written, read and held in memory together
-FEATURES = Features(
-    {
-        "id": Value("string"),
-        "prompt": Value("string"),  # c
-        "win": Image(),  # x_0^w
-        "lose": Image(),  # x_0^l
-        "references": List(Image()),  # x_r
-        "masks": List(Image()),  # M_prior of each subject in the winner, 0 or 255
-        "subjects": List(Value("string")),  # class words
-        "captions": List(Value("string")),  # what the winner shows of each subject, in detail
-        "disrupted_captions": List(Value("string")),  # what the loser shows instead
-        "disruption": Value("string"),  # JSON: what changed, from what to what, and how strongly
-        "provenance": Value("string"),  # JSON: generator, seed, and what else it takes to make the pair again
-        "split": Value("string"),
-    }
-)
 _PER_SUBJECT = ("references", "masks", "captions", "disrupted_captions")
+
+
+@cache
+def features():
+    """The columns, in the words of Hugging Face `datasets` (which takes a second to import)."""
+    from datasets import Features, Image, List, Value
+
+    return Features(
+        {
+            "id": Value("string"),
+            "prompt": Value("string"),  # c
+            "win": Image(),  # x_0^w
+            "lose": Image(),  # x_0^l
+            "references": List(Image()),  # x_r
+            "masks": List(Image()),  # M_prior of each subject in the winner, 0 or 255
+            "subjects": List(Value("string")),  # class words
+            "captions": List(Value("string")),  # what the winner shows of each subject, in detail
+            "disrupted_captions": List(Value("string")),  # what the loser shows instead
+            "disruption": Value("string"),  # JSON: what changed, from what to what, and how strongly
+            "provenance": Value("string"),  # JSON: generator, seed, and what else it takes to make the pair again
+            "split": Value("string"),
+        }
+    )
 
 
 class DatasetError(ValueError):
@@ -117,7 +124,7 @@ def write_dataset(folder: str | Path, splits: Mapping[str, Iterable[Pair]], tole
 
 
 def _write_file(temporary: Path, path: Path, split: str, pairs: Iterable[Pair], tolerance: int) -> None:
-    schema, seen, rows = FEATURES.arrow_schema, set(), []
+    schema, seen, rows = features().arrow_schema, set(), []
     with pq.ParquetWriter(temporary, schema, write_page_checksum=True) as writer:
         for pair in pairs:
             _check(pair, path, split, seen, tolerance)
@@ -156,7 +163,7 @@ class Split(Sequence):
         if not path.is_file():
             raise DatasetError(f"{path} does not exist: build the dataset first (notebook 01)")
         with _open(path) as file:
-            missing = [name for name in FEATURES if name not in file.schema_arrow.names]
+            missing = [name for name in features() if name not in file.schema_arrow.names]
             groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         if missing:
             raise DatasetError(f"{path} lacks the column(s) {', '.join(missing)}: build it again with write_dataset")
@@ -193,7 +200,7 @@ def _open(path: Path) -> pq.ParquetFile:
 
 def _rows(file: pq.ParquetFile, group: int, path: Path) -> list[dict]:
     try:
-        return file.read_row_group(group, columns=list(FEATURES)).to_pylist()
+        return file.read_row_group(group, columns=list(features())).to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise DatasetError(f"{path} is damaged ({error}): delete it and build the dataset again") from None
 

@@ -26,4 +26,12 @@ from focusdpo_lib.plots.results import (
     training_by_timestep,
     training_curves,
 )
-from focusdpo_lib.plots.style import BRANCH_COLOURS, OBJECTIVE_COLOURS, SUBJECT_COLOURS, pictures, use_style
+from focusdpo_lib.plots.style import (
+    BRANCH_COLOURS,
+    OBJECTIVE_COLOURS,
+    SCORE_MAP,
+    SUBJECT_COLOURS,
+    WEIGHT_MAP,
+    pictures,
+    use_style,
+)
