@@ -70,7 +70,7 @@ def prepare_pairs(
     """Stage prepared: latents, conditioning and M_d of the train pairs, computed once and named by what they are.
 
     Every training on the same pairs with the same backbone shares them, and none needs an encoder of its own.
-    `own_process`: this one never touches a GPU, for it would keep a hold on memory that others need.
+    `own_process`: this one never computes on a GPU, for it would keep a hold on memory that others need.
     """
     backbone = backbones.pinned(backbone, results)
     inputs: dict[str, Path | str] = {"pairs": Path(pairs), **backbones.inputs(backbone)}
@@ -121,7 +121,9 @@ def train_adapter(
     job = Run(Path(results) / "training" / run, settings, inputs)
     if not job.complete:
         alone = training.processes is None
-        prepared = prepare_pairs(results, pairs, backbone, masks, encoder, own_process=not alone)
+        prepared = prepare_pairs(
+            results, pairs, backbone, masks, encoder, own_process=not alone and best_device() != "cpu"
+        )
         with job:
             if alone:
                 with MemoryAdvice(backbone, training):

@@ -154,13 +154,15 @@ def test_memory_holds_one_batch(backbone, tmp_path, monkeypatch):
 
 
 def test_one_process_prepares_and_others_wait_for_it(tiny_flux, tmp_path, capsys, monkeypatch):
+    """The first in a process of its own, as it is where several GPUs train."""
     write_dataset(tmp_path / "pairs", {"train": tiny_pairs(2)})
     backbone, results, folders = params.Backbone(model=str(tiny_flux), precision="float32"), tmp_path / "results", []
 
-    def prepare():
-        folders.append(stages.prepare_pairs(results, tmp_path / "pairs", backbone, params.Masks()))
+    def prepare(own_process=False):
+        made = stages.prepare_pairs(results, tmp_path / "pairs", backbone, params.Masks(), own_process=own_process)
+        folders.append(made)
 
-    prepare()
+    prepare(own_process=True)
     shutil.move(folders[0], tmp_path / "made")
     other = threading.Thread(target=prepare)
     with locked(folders[0] / LOCK):
