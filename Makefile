@@ -19,7 +19,7 @@ make_venv = uv venv --quiet --allow-existing --python $(PYTHON) .venv
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help lab reproduce test lint format strip bench toybox-weights lock clean
+.PHONY: help lab reproduce reference test processors lint format strip bench toybox-weights lock clean
 
 help: ## List the targets
 	@echo "FocusDPO reproduction kit: make <target>"
@@ -28,8 +28,18 @@ help: ## List the targets
 reproduce: $(ready) ## Run every notebook and print Tables 1 and 2 (PROFILE=toybox SEEDS=1 FAMILIES=uno)
 	$(python) -m focusdpo_lib.batch.reproduce --profile "$(PROFILE)" --seeds "$(SEEDS)" --families $(FAMILIES)
 
-lab: $(ready) ## Open JupyterLab on the notebooks
-	$(python) -m jupyterlab notebooks
+# JupyterLab saves what it shows by itself: on copies, so that the kit's own notebooks stay as they are in git.
+lab: $(ready) ## Open JupyterLab on your own copies of the notebooks, in my_notebooks/
+	@mkdir -p my_notebooks/.kit
+	@for book in notebooks/*.ipynb; do \
+	  mine=my_notebooks/$${book##*/} before=my_notebooks/.kit/$${book##*/}; \
+	  if test ! -e $$mine; then cp $$book $$mine && cp $$book $$before; \
+	  elif ! cmp -s $$book $$before; then echo "$$book has changed since $$mine was made: delete that to get it anew"; fi; \
+	done
+	$(python) -m jupyterlab my_notebooks
+
+reference: $(ready) ## Make results/reference/ anew: three seeds of everything, its tables, figures and pages
+	$(python) -m focusdpo_lib.batch.reproduce --seeds 3 --reference results/reference
 
 # One thread a process: the tests' tensors are small, and threads would only wait for each other. A file stays with one
 # worker, for its tests share what they make, and the longest come first (tests/conftest.py).
@@ -38,6 +48,17 @@ workers := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: lint ## Lint and test (within 10 minutes; downloads nothing but the packages)
 	$(pytest) $(workers)
+
+# What computes, as on other processors: older instruction sets, bfloat16 arithmetic of their own or none.
+numbers := masks objectives backbone_flux_uno backbone_sdxl_ip both_families training_loop training_pairs bench \
+  bench_count generation evaluation_encoders toybox_encoders toybox_pipelines
+older := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
+
+processors: $(ready) ## Test the numerical files as on other processors
+	for bfloat16 in no yes; do \
+	  $(pytest) $(workers) --bfloat16 $$bfloat16 $(numbers:%=tests/test_%.py) && \
+	  $(older) $(pytest) $(workers) --bfloat16 $$bfloat16 $(numbers:%=tests/test_%.py) || exit 1; \
+	done
 
 lint: $(ready) ## Check style, format, and that notebooks are committed without outputs
 	$(python) -m ruff check
@@ -51,8 +72,9 @@ format: $(ready) ## Correct what `make lint` can correct by itself
 strip: $(ready) ## Clear the outputs of the notebooks, as they are committed
 	$(python) -m nbstripout --drop-empty-cells notebooks/*.ipynb
 
-bench: $(ready) ## What a step costs, against a plain reading and a floor (4 minutes; full size on a GPU)
+bench: $(ready) ## What a step costs, and a start (6 minutes; full size on a GPU)
 	$(python) -m focusdpo_lib.bench
+	$(python) -m focusdpo_lib.bench.starts
 
 toybox-weights: $(ready) ## Train every toybox model from nothing (hours on a CPU; resumable)
 	$(python) -m focusdpo_lib.toybox.recipe

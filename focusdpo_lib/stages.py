@@ -7,6 +7,7 @@ Folders lie at `results/<stage>/<run>`. A stage whose run is complete returns at
 
 import json
 import multiprocessing
+import os
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -118,6 +119,8 @@ def train_adapter(
     encoder = params.shipped("dino", objective.patch_encoder) if objective.name == "patchdpo" else None
     if encoder is not None:
         inputs["patch_encoder"] = Path(encoder) if Path(encoder).is_dir() else str(encoder)
+    if training.compile:  # kept for the runs to come, of any process
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(results).resolve() / "compiled"))
     job = Run(Path(results) / "training" / run, settings, inputs)
     if not job.complete:
         alone = training.processes is None

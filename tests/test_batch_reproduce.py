@@ -109,13 +109,18 @@ def test_a_family_is_sampled_from_its_own_base(ran):
 
 def test_a_reference_holds_tables_figures_pages_and_what_they_cost(ran, smoke, tmp_path):
     jobs = reproduce.plan(smoke, ran[0], BOOKS)
+    (tmp_path / "reference" / "table1").mkdir(parents=True)
+    for old in ("README.md", "table1/old.png", "timesteps_old.png"):
+        (tmp_path / "reference" / old).write_text("by hand")
     kept = reproduce.keep_reference(ran[0], tmp_path / "reference", jobs)
+    assert (kept / "README.md").read_text() == "by hand"
+    assert not (kept / "table1" / "old.png").exists() and not (kept / "timesteps_old.png").exists()
     assert (kept / "table1" / "table.md").read_text() == (ran[0] / "tables" / "table1" / "table.md").read_text()
     assert (kept / "table2" / "leakage.png").exists() and (kept / "notebooks" / "05_table2.html").exists()
     trainings = {page.name for page in (kept / "notebooks").glob("03_*")}
     # A family's last row, whose curves show all of its objectives.
     assert trainings == {"03_uno_focusdpo-seed0.html", "03_ipap_focusdpo-seed0.html"}
-    text = (kept / "README.md").read_text()
+    text = (kept / "run.md").read_text()
     assert "5 notebook runs" in text and "GB of memory" in text and "| 05_table2 | " in text
     assert str(tmp_path) not in text and str(ran[0]) not in text
 

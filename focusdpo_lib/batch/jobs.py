@@ -20,6 +20,8 @@ from focusdpo_lib.batch import notebooks
 from focusdpo_lib.batch.notebooks import NotebookError
 from focusdpo_lib.params import ParameterError
 
+TRUSTED = 2.0  # minutes: a first short job that takes longer than expected says little of the others
+
 
 @dataclass(frozen=True)
 class Job:
@@ -84,7 +86,7 @@ def run_all(jobs: Sequence[Job]) -> int:
     if not _checked(jobs):
         return 1
     failed: set[str] = set()
-    pace: list[tuple[float, float]] = []  # minutes expected and taken
+    pace = [(TRUSTED, TRUSTED)]  # minutes expected and taken
     for number, job in enumerate(jobs, 1):
         label = f"[{number}/{len(jobs)}] {job.name}:"
         missing = failed.intersection(job.after)
@@ -93,7 +95,7 @@ def run_all(jobs: Sequence[Job]) -> int:
             _say(f"{label} not run, for it needs {', '.join(sorted(missing))}")
             continue
         left = sum(other.minutes for other in jobs[number - 1 :] if not failed.intersection(other.after))
-        _say(f"{label} started" + (f", about {time_left(left, pace)} left" if pace else ""))
+        _say(f"{label} started, about {time_left(left, pace)} left")
         start = time.monotonic()
         try:
             ran = execute(job, warm=len(jobs) > 1)

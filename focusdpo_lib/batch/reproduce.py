@@ -14,11 +14,12 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from focusdpo_lib import params, runs
-from focusdpo_lib.batch import notebooks
+from focusdpo_lib.batch import estimate, notebooks
 from focusdpo_lib.batch.jobs import Job, add_overrides, chosen_overrides, resolved, run_all, span
 from focusdpo_lib.evaluation.rows import FAMILIES, ROWS, family
 from focusdpo_lib.params import ParameterError
@@ -26,6 +27,7 @@ from focusdpo_lib.params import ParameterError
 COSTS = "reproduce.yaml"  # beside the profile's params: what a run costs, as measured
 TRAINING = "03"
 TABLES = ("table1", "table2")
+TOOK = "run.md"  # machine, time and memory of a kept run
 
 
 def plan(
@@ -177,17 +179,36 @@ def missing_models(jobs: Sequence[Job]) -> list[Path]:
 
 
 def costs(profile: Path) -> dict[str, Any]:
-    """What reproduce.yaml says: minutes by YAML, gigabytes, the machine, and how to get models that are missing."""
+    """What reproduce.yaml says: minutes by YAML or the rest of them beside what a probe tells (see `estimate`),
+    gigabytes, the machine, and how to get models that are missing."""
     return params.read_yaml(profile / COSTS)
 
 
-def announcement(jobs: Sequence[Job], cost: Mapping[str, Any]) -> str:
+def estimated(jobs: Sequence[Job], cost: Mapping[str, Any]) -> tuple[list[Job], str]:
+    """The jobs with the minutes that each takes, and which machine they are of: this one, where it can be probed."""
+    rest, todo = cost.get("rest"), _to_run(jobs)
+    if rest is None or not todo:
+        return list(jobs), cost["machine"]
+    values = {job.name: notebooks.parameters(job.notebook) | resolved(job) for job in jobs}
+    print("looking at how fast this machine is …", flush=True)
+    pace = estimate.probe(sorted(set().union(*(estimate.families(values[job.name]) for job in todo))))
+    minutes = {job.name: estimate.seconds(values[job.name], pace, rest, job.params.stem) / 60 for job in jobs}
+    step = estimate.PAIRS * max(pace.pair.values(), default=0)
+    where = f"this machine ({pace.device}: {pace.start:.0f} s of imports once, a step up to {step:.2f} s)"
+    return [replace(job, minutes=minutes[job.name]) for job in jobs], where
+
+
+def _to_run(jobs: Sequence[Job]) -> list[Job]:
+    return [job for job in jobs if not all(map(runs.is_complete, [job.folder, *job.products]))]
+
+
+def announcement(jobs: Sequence[Job], cost: Mapping[str, Any], machine: str) -> str:
     """How long it takes and how much memory, said before anything runs."""
-    todo = [job for job in jobs if not all(map(runs.is_complete, [job.folder, *job.products]))]
+    todo = _to_run(jobs)
     done = f", {len(jobs) - len(todo)} of them complete already" if len(todo) < len(jobs) else ""
     return (
         f"{len(jobs)} notebook runs{done}: about {span(sum(job.minutes for job in todo))} and "
-        f"{cost['gigabytes']:g} GB of memory on {cost['machine']}; the time left follows your machine's own pace"
+        f"{cost['gigabytes']:g} GB of memory on {machine}; the time left follows the pace of the runs"
     )
 
 
@@ -207,12 +228,14 @@ def shown(tables: Mapping[str, Path]) -> str:
 
 
 def keep_reference(results: Path, reference: Path, jobs: Sequence[Job]) -> Path:
-    """Copies what complete jobs show to `reference`, in place of an older one: tables and their figures, the mask
-    galleries, executed notebooks as HTML (of a family's trainings one, whose curves show all), and a README with
-    machine, time and memory."""
+    """Copies what complete jobs show to `reference`, in place of what an older run showed: tables and their figures,
+    the mask galleries, executed notebooks as HTML (of a family's trainings one, whose curves show all), and run.md with
+    machine, time and memory. Whatever else lies there stays."""
     firsts = [job for job in jobs if job.name.startswith(TRAINING) and job.name.endswith("-seed0")]
     last = {family(_row(job.params)): job.name for job in firsts}  # jobs stand in the order of the tables' rows
     with runs.atomic(reference) as kept:
+        others = shutil.ignore_patterns(*TABLES, "notebooks", "timesteps_*.png", TOOK)
+        shutil.copytree(reference, kept, ignore=others) if reference.is_dir() else kept.mkdir()
         for name, folder in tables(results, jobs).items():
             shutil.copytree(folder, kept / name)
         (kept / "notebooks").mkdir()
@@ -221,7 +244,7 @@ def keep_reference(results: Path, reference: Path, jobs: Sequence[Job]) -> Path:
                 shutil.copy(job.folder / f"{job.name}.html", kept / "notebooks")
         for gallery in results.glob("masks/*/timesteps_*.png"):
             shutil.copy(gallery, kept)
-        (kept / "README.md").write_text(_what_it_took([job.folder for job in jobs]), encoding="utf-8")
+        (kept / TOOK).write_text(_what_it_took([job.folder for job in jobs]), encoding="utf-8")
     return reference
 
 
@@ -249,7 +272,8 @@ def reproduce(jobs: Sequence[Job], results: Path, cost: Mapping[str, Any], refer
     if gone := missing_models(jobs):
         print(f"nothing was run: {', '.join(map(str, gone))} is missing: {cost['models']}")
         return 1
-    print(announcement(jobs, cost), flush=True)
+    jobs, machine = estimated(jobs, cost)
+    print(announcement(jobs, cost, machine), flush=True)
     code = run_all(jobs)
     if code:
         print("not everything ran (see above): the same command goes on with what is left; what is complete is kept")

@@ -6,7 +6,6 @@ two minutes on one core.
 """
 
 import argparse
-import re
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +16,7 @@ import torch
 from focusdpo_lib import backbones, provenance
 from focusdpo_lib.bench.cases import ROUNDS, Case, cases
 from focusdpo_lib.bench.count import counted
-from focusdpo_lib.bench.report import PAGE, read_results, write_results
+from focusdpo_lib.bench.report import PAGE, default_folder, read_results, write_results
 from focusdpo_lib.bench.steps import attempted
 
 
@@ -44,8 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     wanted = [case for case in offered if all(word in case.name for word in chosen.only)]
     if not wanted:
         top.error(f"no case has all of {chosen.only} in its name: choose from {', '.join(c.name for c in offered)}")
-    name = re.sub(r"\W+", "-", provenance.device()["device"].lower()).strip("-")
-    out = chosen.out or Path("results/bench") / name
+    out = chosen.out or default_folder()
     run(wanted, device, out, rounds=chosen.rounds, batch=chosen.batch_size, again=chosen.again)
     print(out / PAGE)
 

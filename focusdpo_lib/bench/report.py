@@ -1,10 +1,12 @@
 """From the entries of a benchmark to its files: `results.json`, and `README.md` with goals, ratios and steps."""
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from focusdpo_lib import provenance
 from focusdpo_lib.runs import write_json, write_text
 
 RESULTS, PAGE = "results.json", "README.md"
@@ -106,6 +108,11 @@ which depend on the data: its memory is at least this. UNO's LoRA and gradients 
 the kernels' workspaces, what the allocator loses, and CUDA's own context: allow a few GB. Seconds, and with them every
 goal in seconds, stay unmeasured; at equal speed an operation, the ratio of seconds would be that of operations.
 """
+
+
+def default_folder() -> Path:
+    """Where the results of this device go."""
+    return Path("results/bench") / re.sub(r"\W+", "-", provenance.device()["device"].lower()).strip("-")
 
 
 def read_results(folder: Path) -> dict[str, dict]:
