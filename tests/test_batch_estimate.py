@@ -25,30 +25,34 @@ def test_a_training_takes_its_pairs_its_samples_and_the_rest(objective, share):
     }
     expected = 50 * 6 * 2 * share * 0.2 + 4 * 2 * (5 * 2) * 0.03 + 7.0 * 2
     assert estimate.seconds(values, PACE, REST, "train") == pytest.approx(expected)
-    assert estimate.families(values) == {"sdxl_ip"}
+    assert estimate.families(values) == {"sdxl_ip": "auto"}
 
 
 def test_a_table_takes_the_images_of_bases_and_adapters_and_their_scores():
     adapters = {"sft": ["a"], "dpo": ["b", "c"]}
     values = {
         "families": {
-            "uno": {"generation": {"steps": 20, "prompts": 2}, "adapters": adapters},
+            "uno": {
+                "backbone": {"precision": "float32"},
+                "generation": {"steps": 20, "prompts": 2},
+                "adapters": adapters,
+            },
             "ipap": {"backbone": {"family": "sdxl_ip"}, "generation": {"steps": 10, "guidance": 3.0, "prompts": 2}},
         }
     }
     uno, ipap = 30 * 2 * 4, 30 * 2
     expected = uno * 20 * 0.01 + ipap * 10 * 2 * 0.03 + (3.0 + (uno + ipap) * 0.5) * 2
     assert estimate.seconds(values, PACE, REST, "table") == pytest.approx(expected)
-    assert estimate.families(values) == {"flux_uno", "sdxl_ip"}
+    assert estimate.families(values) == {"flux_uno": "float32", "sdxl_ip": "auto"}
 
 
 def test_what_neither_trains_nor_samples_is_as_much_slower_as_importing():
     assert estimate.seconds({"run": "main"}, PACE, REST, "other") == pytest.approx(4.0 * 20 / 10)
-    assert estimate.families({"run": "main"}) == set()
+    assert estimate.families({"run": "main"}) == {}
 
 
 def test_the_probe_measures_this_machine():
-    pace = estimate.probe(["flux_uno"])
+    pace = estimate.probe({"flux_uno": "float32"})
     assert pace.pair.keys() == pace.evaluation.keys() == {"flux_uno"}
     assert 0 < pace.evaluation["flux_uno"] < pace.pair["flux_uno"], (
         "a step has six forwards and more, an evaluation one"
@@ -58,11 +62,14 @@ def test_the_probe_measures_this_machine():
 
 def test_a_plan_is_estimated_for_this_machine_and_says_so(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(estimate, "probe", lambda families: asked.append(families) or PACE)
+    monkeypatch.setattr(estimate, "probe", lambda families: asked.append(dict(families)) or PACE)
     jobs = reproduce.plan(TOYBOX, tmp_path, BOOKS, families=["uno"])
     cost = reproduce.costs(TOYBOX)
     found, machine = reproduce.estimated(jobs, cost)
-    assert asked == [["flux_uno"]] and machine == "this machine (a machine: 20 s of imports once, a step up to 1.20 s)"
+    assert (
+        asked == [{"flux_uno": "auto"}]
+        and machine == "this machine (a machine: 20 s of imports once, a step up to 2.40 s)"
+    )
     minutes = {job.name: job.minutes for job in found}
     steps = {"uno_dpo": 300 * 12 * 0.1, "uno_sft": 100 * 12 * 0.1 / 3}
     slower = 20 / cost["rest"]["start"]

@@ -1,5 +1,6 @@
 """Notebooks are checked before they run, whole or absent after, and one that fails says where and why."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import nbformat
 import pytest
 
 from focusdpo_lib import runs
-from focusdpo_lib.batch import Job, notebooks
+from focusdpo_lib.batch import Job, notebooks, warm
 from focusdpo_lib.batch import jobs as batch
 from focusdpo_lib.params import ParameterError
 
@@ -115,10 +116,17 @@ def test_a_complete_job_is_skipped_and_an_edited_one_replaced_only_by_a_good_one
     assert not (folder / "results" / "good.failed.ipynb").exists()
 
 
-def test_a_killed_batch_leaves_no_notebook_and_its_rest_is_removed_by_the_next(tmp_path):
-    slow = notebook(tmp_path / "slow.ipynb", "import pathlib, time; pathlib.Path('begun').touch(); time.sleep(600)")
-    (tmp_path / "a.yaml").write_text("seed: 1\n")
-    command = ["-m", "focusdpo_lib.batch", slow, tmp_path / "a.yaml", "--into", tmp_path / "results"]
+def test_a_killed_batch_leaves_no_notebook_and_no_kernel_and_its_rest_is_removed_by_the_next(tmp_path):
+    """Of two runs, so that their kernels are forked from a warm process."""
+    slow = notebook(
+        tmp_path / "slow.ipynb",
+        "import os, pathlib, time; pathlib.Path('pid').write_text(f'{os.getpid()}'); os.rename('pid', 'begun')",
+        "time.sleep(600)",
+    )
+    for name in "ab":
+        (tmp_path / f"{name}.yaml").write_text("seed: 1\n")
+    files = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
+    command = ["-m", "focusdpo_lib.batch", slow, *files, "--into", tmp_path / "results"]
     process = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (tmp_path / "begun").exists():
@@ -126,11 +134,38 @@ def test_a_killed_batch_leaves_no_notebook_and_its_rest_is_removed_by_the_next(t
         time.sleep(0.1)
     os.kill(process.pid, signal.SIGKILL)  # the kernel ends by itself when it sees that its parent is gone
     process.wait()
+    kernel = int((tmp_path / "begun").read_text())
+    while os.path.exists(f"/proc/{kernel}"):  # of Linux, where kernels are forked
+        assert time.monotonic() < deadline, "the kernel outlived its batch"
+        time.sleep(0.1)
     assert not (tmp_path / "results" / "a").exists()
     assert list((tmp_path / "results").glob(f"{runs.PARTIAL}*"))
     notebook(slow, "print('quick')")
     assert batch.main([str(part) for part in command[2:]]) == 0
-    assert [p.name for p in (tmp_path / "results").iterdir()] == ["a"]
+    assert sorted(p.name for p in (tmp_path / "results").iterdir()) == ["a", "b"]
+
+
+@pytest.mark.skipif(not warm.FORKS, reason="kernels are forked on Linux, where there is no GPU")
+def test_a_warm_kernel_has_imported_everything_and_is_else_as_a_fresh_one(tmp_path):
+    asks = notebook(
+        tmp_path / "books" / "asks.ipynb",
+        "import sys; imported = 'focusdpo_lib.comparison' in sys.modules",
+        "import multiprocessing, os; print(imported, os.environ['ASKED'], os.path.basename(os.getcwd()), "
+        "multiprocessing.get_start_method(), multiprocessing.current_process().daemon, os.getpgrp() == os.getpid())",
+        "import matplotlib.pyplot as plt; figure = plt.subplots()[0]; plt.close(figure); figure",
+    )
+    said = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ASKED", "as the batch was")
+        for how in (True, False):
+            job = Job(asks, tmp_path / f"warm-{how}")
+            assert batch.execute(job, warm=how)
+            cells = nbformat.read(job.folder / f"{job.name}.ipynb", 4).cells
+            assert any("image/png" in o.get("data", {}) for o in cells[-1].outputs), "figures are shown inline"
+            said[how] = printed(job.folder / f"{job.name}.ipynb")
+    start_method = multiprocessing.get_context().get_start_method()
+    assert said[False] == f"False as the batch was books {start_method} False True\n"
+    assert said[True] == said[False].replace("False", "True", 1)
 
 
 # Before anything runs

@@ -7,7 +7,7 @@ took on the same machine, and is taken to be longer here by as much as importing
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -34,25 +34,26 @@ class Pace:
     device: str
 
 
-def probe(families: Sequence[str]) -> Pace:
-    """Measures this machine in a process of the kind that kernels are: its imports, a step and a sample a family.
+def probe(families: Mapping[str, str]) -> Pace:
+    """Measures this machine in a process of the kind that kernels are: its imports, and a step and a sample of each
+    family in the precision (of arithmetic, as `backbone.precision`) that is given with it.
 
     Raises RunError if that process is killed.
     """
     try:
         with ProcessPoolExecutor(1, context) as pool:
-            return pool.submit(_measure, tuple(families), time.time()).result()
+            return pool.submit(_measure, dict(families), time.time()).result()
     except BrokenProcessPool:
         raise RunError("the probe was killed, most often for want of main memory: close other programs") from None
 
 
-def _measure(families: Sequence[str], asked: float) -> Pace:
+def _measure(families: Mapping[str, str], asked: float) -> Pace:
     from focusdpo_lib import backbones, provenance
 
     start = time.time() - asked  # whatever it took to begin: the imports
     pair, evaluation = {}, {}
-    for family in families:
-        backbone = backbones.load(params.Backbone(family=family), backbones.best_device())
+    for family, precision in families.items():
+        backbone = backbones.load(params.Backbone(family=family, precision=precision), backbones.best_device())
         pair[family], evaluation[family] = _step(backbone), _evaluation(backbone)
     return Pace(start, pair, evaluation, provenance.device()["device"])
 
@@ -107,11 +108,13 @@ def seconds(values: Mapping[str, Any], pace: Pace, rest: Mapping[str, float], na
     return found + other * pace.start / rest["start"]
 
 
-def families(values: Mapping[str, Any]) -> set[str]:
-    """The backbone families that a run with these values trains or samples."""
+def families(values: Mapping[str, Any]) -> dict[str, str]:
+    """The backbone families that a run with these values trains or samples, each with its precision."""
     if "families" in values:
-        return {rows.backbone.family for rows in params.section("families", values["families"]).given.values()}
-    return {params.section("backbone", values.get("backbone")).family} if "training" in values else set()
+        used = [rows.backbone for rows in params.section("families", values["families"]).given.values()]
+    else:
+        used = [params.section("backbone", values.get("backbone"))] if "training" in values else []
+    return {backbone.family: backbone.precision for backbone in used}
 
 
 def _evaluations(generation: Any) -> int:

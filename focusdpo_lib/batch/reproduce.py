@@ -191,7 +191,8 @@ def estimated(jobs: Sequence[Job], cost: Mapping[str, Any]) -> tuple[list[Job], 
         return list(jobs), cost["machine"]
     values = {job.name: notebooks.parameters(job.notebook) | resolved(job) for job in jobs}
     print("looking at how fast this machine is …", flush=True)
-    pace = estimate.probe(sorted(set().union(*(estimate.families(values[job.name]) for job in todo))))
+    used = {name: precision for job in todo for name, precision in estimate.families(values[job.name]).items()}
+    pace = estimate.probe(used)
     minutes = {job.name: estimate.seconds(values[job.name], pace, rest, job.params.stem) / 60 for job in jobs}
     step = estimate.PAIRS * max(pace.pair.values(), default=0)
     where = f"this machine ({pace.device}: {pace.start:.0f} s of imports once, a step up to {step:.2f} s)"

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -67,6 +68,8 @@ def _serve(arguments: Sequence[str], environment: Mapping[str, str], folder: str
     import matplotlib
     from ipykernel.kernelapp import IPKernelApp
 
+    # The batch's end, however it comes, is the kernel's: the warm process would go on for as long as it has children.
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     os.setsid()
     os.chdir(folder)
     os.environ.clear()
@@ -75,5 +78,10 @@ def _serve(arguments: Sequence[str], environment: Mapping[str, str], folder: str
     # What matplotlib reads when it is imported, which it was before there was a notebook to draw in.
     matplotlib.rcParams["backend"] = environment.get("MPLBACKEND") or "module://matplotlib_inline.backend_inline"
     sys.argv = ["ipykernel_launcher", *arguments]
-    of_parent = f"--IPKernelApp.parent_handle={os.getppid()}"  # whose end is the kernel's, too
+    of_parent = f"--IPKernelApp.parent_handle={os.getppid()}"  # or it says that it was started by hand
     IPKernelApp.launch_instance(argv=[*arguments, of_parent])
+
+
+def _end_with(batch) -> None:
+    batch.join()
+    os._exit(1)
