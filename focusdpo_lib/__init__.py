@@ -37,6 +37,8 @@ class _Uncompiled(MetaPathFinder, Loader):
                 os.environ["TORCHDYNAMO_DISABLE"] = before
 
 
+# What an Apple GPU lacks is computed on the CPU; read when torch is imported.
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 sys.meta_path.insert(0, _Uncompiled())
 # Where there is no GPU, it also warns of a CPU kernel that the kit does not use.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

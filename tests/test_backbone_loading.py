@@ -279,3 +279,13 @@ def test_the_card_of_an_adapter_says_how_it_was_made_and_loads_it(prepared, tiny
     local = (tmp_path / ADAPTER / "README.md").read_text()
     assert str(tiny_flux.parent) not in local and "base_model" not in local
     assert memory.PRESETS not in local
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "device"),
+    [(True, False, "cuda"), (False, True, "mps"), (False, False, "cpu"), (True, True, "cuda")],
+)
+def test_models_run_on_the_best_device_there_is(cuda, mps, device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert backbones.best_device() == device

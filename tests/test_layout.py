@@ -1,7 +1,11 @@
-"""The house has floors: no import runs from a lower one to a higher one."""
+"""The house has floors: no import runs from a lower one to a higher one; and what is not used is not imported."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 PACKAGE = Path(__file__).parents[1] / "focusdpo_lib"
 # From the ground up; what stands on one line does not import each other. Of a folder's files none is above another.
@@ -48,3 +52,31 @@ def test_no_import_runs_upwards():
         if room != "__init__" and other != room and FLOOR[other] >= FLOOR[room]
     ]
     assert not upwards
+
+
+def imported(*words: str) -> set[str]:
+    """The top-level packages that a process has imported when it ends."""
+    found = subprocess.run([sys.executable, "-X", "importtime", *words], capture_output=True, text=True, check=True)
+    return {line.rpartition("|")[2].strip().partition(".")[0] for line in found.stderr.splitlines()}
+
+
+@pytest.mark.parametrize("command", ["batch", "batch.reproduce"])
+def test_saying_how_it_is_used_takes_a_command_no_torch(command):
+    packages = imported("-m", f"focusdpo_lib.{command}", "--help")
+    assert "yaml" in packages and packages.isdisjoint({"torch", "pandas", "diffusers", "nbformat", "papermill"})
+
+
+def test_the_stages_import_the_large_libraries_where_they_use_them():
+    packages = imported("-c", "import focusdpo_lib.stages")
+    assert "torch" in packages
+    assert packages.isdisjoint({"diffusers", "transformers", "peft", "open_clip", "timm", "torchvision", "datasets"})
+
+
+def test_bitsandbytes_is_imported_without_torch_s_compiler():
+    pytest.importorskip("bitsandbytes")
+    code = (
+        "import os, sys, focusdpo_lib, bitsandbytes; print('torch._inductor.compile_fx' in sys.modules, os.environ.get"
+    )
+    code += "('TORCHDYNAMO_DISABLE'), bitsandbytes.__spec__.loader is bitsandbytes.__loader__, bitsandbytes.__file__)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.startswith("False None True /"), found.stdout
