@@ -78,8 +78,9 @@ def test_a_guided_sampling_run_is_the_library_s_own(folder, backbone, count):
         ).images  # fmt: skip
     theirs = torch.stack(theirs)
     ours = backbone.denoise(noise, backbone.condition(PROMPTS, pictures), 4, guidance=5.0)
-    assert theirs.abs().max() > 0.5
-    assert (ours - theirs).abs().max() < 1e-4
+    largest = theirs.abs().max()
+    assert largest > 0.5
+    assert (ours - theirs).abs().max() < 1e-5 * largest
 
 
 def test_references_are_prepared_as_clip_takes_them():

@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -20,6 +21,16 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 100, decay_f
         return peak * (step + 1) / warmup
     done = max(0.0, step / steps - decay_from) / (1 - decay_from)
     return peak * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+def sound_backward() -> AbstractContextManager:
+    """Within this context a backward pass does without oneDNN where it may crash: on a processor without AVX-512.
+
+    The gradient of a 1×1 convolution with a stride reads out of bounds there (torch 2.14.1, brgconv_strided:avx2), and
+    the reader's residual blocks have such.
+    """
+    older = torch.backends.cpu.get_cpu_capability() in ("AVX2", "DEFAULT")
+    return torch.backends.mkldnn.flags(enabled=False) if older else nullcontext()
 
 
 def fit(
@@ -54,7 +65,8 @@ def fit(
     for step in range(start, steps):
         _schedule(optimizers, step, steps, decay_from)
         loss, facts = loss_at(step)
-        loss.backward()
+        with sound_backward():
+            loss.backward()
         nn.utils.clip_grad_norm_(parameters, clip)
         for optimizer in optimizers:
             optimizer.step()
