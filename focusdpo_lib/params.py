@@ -127,7 +127,7 @@ class Training(Section):
     checkpoint_every: int = Field(50, gt=0)
     gradient_checkpointing: bool = False  # slower, and most of the activations' memory less
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"  # 8 bits: state in a quarter of the memory (bitsandbytes)
-    compile: bool = False  # torch.compile of the repeated blocks: minutes at the start, faster steps on a GPU
+    compile: bool = False  # torch.compile of the repeated blocks: minutes at the start, kept for later runs
     processes: int | None = Field(None, gt=0)  # none: in this process; else as many, by `accelerate launch`
     seed: int = 0
     lora: Lora = Lora()

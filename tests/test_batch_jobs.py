@@ -117,7 +117,7 @@ def test_a_complete_job_is_skipped_and_an_edited_one_replaced_only_by_a_good_one
 
 
 def test_a_killed_batch_leaves_no_notebook_and_no_kernel_and_its_rest_is_removed_by_the_next(tmp_path):
-    """Of two runs, so that their kernels are forked from a warm process."""
+    """Of two runs, so that their kernels are forked; from a process that has imported nothing, to be quick."""
     slow = notebook(
         tmp_path / "slow.ipynb",
         "import os, pathlib, time; pathlib.Path('pid').write_text(f'{os.getpid()}'); os.rename('pid', 'begun')",
@@ -126,8 +126,10 @@ def test_a_killed_batch_leaves_no_notebook_and_no_kernel_and_its_rest_is_removed
     for name in "ab":
         (tmp_path / f"{name}.yaml").write_text("seed: 1\n")
     files = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
-    command = ["-m", "focusdpo_lib.batch", slow, *files, "--into", tmp_path / "results"]
-    process = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.DEVNULL)
+    words = [str(word) for word in (slow, *files, "--into", tmp_path / "results")]
+    code = "import sys; from focusdpo_lib.batch import jobs, warm; warm.context.set_forkserver_preload([])"
+    command = [sys.executable, "-c", f"{code}; sys.exit(jobs.main(sys.argv[1:]))", *words]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (tmp_path / "begun").exists():
         assert process.poll() is None and time.monotonic() < deadline
@@ -141,7 +143,7 @@ def test_a_killed_batch_leaves_no_notebook_and_no_kernel_and_its_rest_is_removed
     assert not (tmp_path / "results" / "a").exists()
     assert list((tmp_path / "results").glob(f"{runs.PARTIAL}*"))
     notebook(slow, "print('quick')")
-    assert batch.main([str(part) for part in command[2:]]) == 0
+    assert batch.main(words) == 0
     assert sorted(p.name for p in (tmp_path / "results").iterdir()) == ["a", "b"]
 
 

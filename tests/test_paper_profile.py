@@ -101,7 +101,7 @@ def test_the_paper_s_training_runs_with_a_tiny_model_in_child_processes(home, tm
     }
     file = PAPER / "03_ipap_focusdpo.yaml"
     folder = tmp_path / "results" / "training" / "ipap_focusdpo-seed0"
-    execute(Job(book(file), tmp_path / "notebooks" / file.stem, file, over, products=[folder]))
+    execute(Job(book(file), tmp_path / "notebooks" / file.stem, file, over, products=[folder]), warm=True)
     assert runs.is_complete(folder)
     kept = yaml.safe_load((folder / "params.yaml").read_text())
     assert kept["backbone"]["weights"] == "bfloat16" and kept["training"]["processes"] == 1

@@ -103,11 +103,14 @@ def test_two_machines_compute_what_two_processes_of_one_do(results, tiny_flux):
     assert all(torch.allclose(value, theirs[name], atol=1e-6) for name, value in ours.items())
 
 
-def test_what_a_process_said_comes_back_as_one_sentence(results, tiny_flux):
-    with pytest.raises(TrainingError, match="a step takes 32 pairs, but only") as caught:
-        train(results, tiny_flux, "too-large", processes=1, batch_size=32)
+def test_what_a_process_said_comes_back_as_one_sentence(tmp_path):
+    """Here that another number of processes was started than the run asks for, said before a model is loaded."""
+    asked = {name: params.section(name).model_dump() for name in ("backbone", "objective", "masks")}
+    asked["training"] = params.section("training", {"processes": 2}).model_dump()
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(asked))
+    with pytest.raises(TrainingError, match=r"^1 processes were started for training\.processes = 2: give") as caught:
+        launch.run(launch.command(tmp_path, tmp_path / "prepared", 1, params.Launch()), tmp_path)
     assert "\n" not in str(caught.value)
-    assert not is_complete(results / "training" / "too-large")
 
 
 def test_a_process_that_was_killed_leaves_a_run_that_goes_on(results, tiny_flux):
