@@ -47,15 +47,7 @@ def train(results, model, name, machines=None, **changes):
     )
 
 
-def test_two_launched_processes_give_the_weights_of_one_that_accumulates(
-    results, tiny_flux, capfd, tmp_path, monkeypatch
-):
-    """And what the user once answered to `accelerate config` is not taken: a default config for DeepSpeed would start
-    another launcher, which is not even installed."""
-    (tmp_path / "accelerate").mkdir()
-    answers = launch.NOTHING | {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}}
-    (tmp_path / "accelerate" / "default_config.yaml").write_text(yaml.safe_dump(answers))
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
+def test_two_launched_processes_give_the_weights_of_one_that_accumulates(results, tiny_flux, capfd):
     folder = train(results, tiny_flux, "two", processes=2)
     shown, errors = capfd.readouterr()
     assert "4/4" in shown and not errors.strip()
@@ -113,7 +105,13 @@ def test_what_a_process_said_comes_back_as_one_sentence(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_process_that_was_killed_leaves_a_run_that_goes_on(results, tiny_flux):
+def test_a_process_that_was_killed_leaves_a_run_that_goes_on(results, tiny_flux, tmp_path, monkeypatch):
+    """It trains, too, whatever the user once answered to `accelerate config`, which would be taken of one process: a
+    default config for DeepSpeed would start another launcher, which is not even installed."""
+    (tmp_path / "accelerate").mkdir()
+    answers = launch.NOTHING | {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}}
+    (tmp_path / "accelerate" / "default_config.yaml").write_text(yaml.safe_dump(answers))
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
     folder, said = results / "training" / "killed", []
 
     def run():
@@ -125,8 +123,9 @@ def test_a_process_that_was_killed_leaves_a_run_that_goes_on(results, tiny_flux)
     thread = threading.Thread(target=run)
     thread.start()
     deadline = time.monotonic() + 200
-    while not (folder / CHECKPOINT).exists() and time.monotonic() < deadline:
+    while not (folder / CHECKPOINT).exists() and thread.is_alive() and time.monotonic() < deadline:
         time.sleep(0.1)
+    assert thread.is_alive(), said
     found = subprocess.run(["pgrep", "-f", f"focusdpo_lib.training.launch {folder}"], capture_output=True, text=True)
     os.kill(int(found.stdout.split()[-1]), signal.SIGKILL)  # the youngest: the process that trains
     thread.join(60)
