@@ -244,6 +244,17 @@ def test_a_parameters_cell_holds_literals_only(tmp_path, cell):
 # Time left: by hand. 3 expected minutes took 6, so 4 more will take 8.
 
 
+def test_a_first_short_job_that_takes_longer_than_expected_does_not_multiply_the_others(tmp_path, monkeypatch):
+    """0.3 minutes expected, 1.2 taken: of 20 more that is 20 · (2 + 1.2) / (2 + 0.3), not 80."""
+    said, clock = [], iter([0, 72, 72, 100])
+    monkeypatch.setattr(batch, "_say", said.append)
+    monkeypatch.setattr(batch, "_checked", lambda jobs: True)
+    monkeypatch.setattr(batch, "execute", lambda job, warm: True)
+    monkeypatch.setattr(batch.time, "monotonic", lambda: next(clock))
+    assert batch.run_all([Job(tmp_path, tmp_path / "a", minutes=0.3), Job(tmp_path, tmp_path / "b", minutes=20)]) == 0
+    assert [line.partition("about ")[2] for line in said if "started" in line] == ["20 min left", "27 min left"]
+
+
 def test_time_left_follows_the_pace_so_far():
     assert batch.time_left(4, [(1, 1.5), (2, 4.5)]) == "8 min 0 s"
 

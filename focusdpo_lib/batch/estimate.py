@@ -18,7 +18,6 @@ from focusdpo_lib.batch.warm import context
 from focusdpo_lib.runs import RunError
 
 PAIRS, STEPS, IMAGES = 12, 6, 16  # of the probe: pairs a step, denoising steps and images of a sample
-SUBJECTS, PROMPTS = 30, 10  # of the toybox's benchmark: a table's cases
 # The forwards of a step (a backward through activations counts as one), as a share of a preference step's six.
 SHARE = {"sft": 1 / 3, "patchdpo": 2 / 3, "dpo": 1.0, "focusdpo": 1.0}
 
@@ -60,30 +59,25 @@ def _measure(families: Mapping[str, str], asked: float) -> Pace:
 
 def _step(backbone) -> float:
     """Seconds that a FocusDPO step takes for each of its pairs: the second step's, for the first one sets up."""
-    from focusdpo_lib.dip.toybox import make_pair
-    from focusdpo_lib.training import draws, prepare, step_objective
+    from focusdpo_lib.bench.measure import timed
+    from focusdpo_lib.bench.steps import toybox_step
 
-    masks, dip = params.Masks(), params.Dip(two_subject_share=0.0)
-    pairs = prepare(backbone, [make_pair(dip, "train", i) for i in range(PAIRS)], masks)
-    backbone.add_adapter(params.Lora().rank)
-    draw = draws(pairs, params.Training(batch_size=PAIRS))(0)
-    for _ in range(2):
-        begun = time.perf_counter()
-        step_objective(backbone, pairs[1], draw, params.Objective(), masks)[0].loss.backward()
-    return (time.perf_counter() - begun) / PAIRS
+    step = toybox_step(backbone, PAIRS)
+    step()
+    return timed(step) / PAIRS
 
 
 def _evaluation(backbone) -> float:
     """Seconds of one denoising step of one image, the decoder's share included."""
     import torch
 
+    from focusdpo_lib.bench.measure import timed
+
     side = params.Generation().reference_size
     condition = backbone.condition(["a mug on a beach"] * IMAGES, [torch.zeros(IMAGES, 3, side, side)])
     size = (params.Generation().size,) * 2
-    for steps in (1, STEPS):  # the first one sets up
-        begun = time.perf_counter()
-        backbone.sample(condition, range(IMAGES), size, steps)
-    return (time.perf_counter() - begun) / IMAGES / STEPS
+    backbone.sample(condition, range(IMAGES), size, 1)  # sets up
+    return timed(lambda: backbone.sample(condition, range(IMAGES), size, STEPS)) / IMAGES / STEPS
 
 
 def seconds(values: Mapping[str, Any], pace: Pace, rest: Mapping[str, float], name: str) -> float:
@@ -92,7 +86,9 @@ def seconds(values: Mapping[str, Any], pace: Pace, rest: Mapping[str, float], na
     `rest`: seconds elsewhere, of `start` (importing), of each `image` that a table scores, and by name of what else a
     run does.
     """
-    other, found = rest[name], 0.0
+    from focusdpo_lib.toybox.benchmark import SETTINGS, SUBJECTS
+
+    other, found, prompts = rest[name], 0.0, len(SETTINGS)
     if "training" in values:
         family = params.section("backbone", values.get("backbone")).family
         training, objective = params.section("training", values["training"]), values.get("objective") or {}
@@ -101,7 +97,7 @@ def seconds(values: Mapping[str, Any], pace: Pace, rest: Mapping[str, float], na
         drawn = 4 * values.get("samples", 0)  # before and after, of one subject and of two
         found += drawn * _evaluations(values.get("generation")) * pace.evaluation[family]
     for rows in (params.section("families", values["families"]).given if "families" in values else {}).values():
-        images = SUBJECTS * min(PROMPTS, rows.generation.prompts or PROMPTS) * rows.generation.images_per_prompt
+        images = SUBJECTS * min(prompts, rows.generation.prompts or prompts) * rows.generation.images_per_prompt
         images *= 1 + sum(len(runs) for _, runs in rows.adapters)
         found += images * _evaluations(rows.generation) * pace.evaluation[rows.backbone.family]
         other += images * rest["image"]

@@ -13,14 +13,14 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from focusdpo_lib import backbones, params, provenance
-from focusdpo_lib.bench.measure import interleaved
+from focusdpo_lib.bench.measure import interleaved, timed
 from focusdpo_lib.bench.report import default_folder, table
+from focusdpo_lib.bench.steps import toybox_step
 from focusdpo_lib.runs import write_json, write_text
 
 RESULTS, PAGE = "starts.json", "STARTS.md"
@@ -56,23 +56,12 @@ def compiling(family: str) -> dict[str, float]:
 
 
 def work(family: str) -> dict[str, float]:
-    """One process of `compiling`: the steps before and after, on batches of one reference."""
-    from focusdpo_lib.dip.toybox import make_pair
-    from focusdpo_lib.training import draws, prepare, step_objective
-
-    backbone, training = backbones.load(params.Backbone(family=family), backbones.best_device()), params.Training()
-    dip, masks = params.Dip(two_subject_share=0.0), params.Masks()
-    pairs = prepare(backbone, [make_pair(dip, "train", i) for i in range(training.batch_size)], masks)
-    backbone.add_adapter(training.lora.rank)
-    at = draws(pairs, training)
+    """One process of `compiling`: the step before and after, on a batch of one reference."""
+    backbone = backbones.load(params.Backbone(family=family), backbones.best_device())
+    step = toybox_step(backbone, params.Training().batch_size)
 
     def steps() -> list[float]:
-        seconds = []
-        for number in range(STEPS + 2):
-            begun = time.perf_counter()
-            step_objective(backbone, pairs[1], at(number), params.Objective(), masks)[0].loss.backward()
-            seconds.append(time.perf_counter() - begun)
-        return seconds
+        return [timed(step) for _ in range(STEPS + 2)]
 
     eager = statistics.median(steps()[2:])
     backbone.network.compile_repeated_blocks()

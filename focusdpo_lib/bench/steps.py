@@ -41,6 +41,13 @@ def our_step(backbone: Backbone, pairs: PreparedPairs, draw: Draw, name: str) ->
     return stepping(backbone, lambda: step_objective(backbone, pairs, draw, objective, MASKS)[0].loss)
 
 
+def toybox_step(backbone: Backbone, count: int) -> Task:
+    """A FocusDPO step of `count` of the toybox's pairs with one reference, a fresh adapter being put on."""
+    pairs = models.load_pairs(Case("toybox", "shipped", 1, False, "float32"), backbone, count)
+    backbone.add_adapter(params.Lora().rank)
+    return our_step(backbone, pairs, draws({1: pairs}, params.Training(batch_size=count))(0), "focusdpo")
+
+
 def plain_step(backbone: Backbone, twin: Backbone, pairs: PreparedPairs, draw: Draw) -> Task:
     objective = params.Objective()
     return stepping(backbone, lambda: plain_objective(backbone, twin, pairs, draw, objective, MASKS).loss)
