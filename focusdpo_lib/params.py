@@ -3,7 +3,7 @@
 A notebook run reads one YAML file of `params/<profile>/`; its top-level keys are the variables of the notebook's
 `parameters` cell. A key that is a section below (`masks`, `training`, …) is checked here: an unknown key, a wrong
 type or a value out of range is an error that names the key. The defaults are the toybox profile's. METHOD's reading
-of each open point of the paper (R1 … R19) is named beside its switch.
+of each open point of the paper (R1 … R21) is named beside its switch.
 """
 
 from pathlib import Path
@@ -85,11 +85,14 @@ class Dip(Section):
 class Masks(Section):
     similarity: Literal["cosine", "printed"] = "cosine"  # R1
     layers: Literal["double", "all"] | list[int] = "double"  # R2
-    features: Literal["block_output", "query_key"] = "block_output"  # R3
+    features: Literal["block_output", "query", "query_key"] = "block_output"  # R3
+    pool: Literal["subject", "all"] = "subject"  # R20; all needs no reference_masks
+    source: Literal["network", "image_keys"] = "network"  # R7, of a U-Net: the reference through the network itself
     network: Literal["reference", "policy"] = "reference"  # R4
     multi_subject: Literal["per_subject", "union"] = "per_subject"  # R6
     entropy_window: int | None = Field(None, ge=1)  # R8: pixels, odd; none: 2 · (VAE stride) + 1
     entropy_bins: int = Field(256, ge=2, le=256)  # R8
+    entropy_kernel: Literal["box", "gaussian"] = "box"  # R21
     tau: float = Field(0.1, ge=0, le=1)  # R10
     gamma: float = Field(0.3, ge=0, le=1)  # R10
 
@@ -97,6 +100,15 @@ class Masks(Section):
     def _odd(self):
         if self.entropy_window is not None and self.entropy_window % 2 == 0:
             raise ValueError("entropy_window must be odd, so that the window has a centre pixel")
+        return self
+
+    @model_validator(mode="after")
+    def _image_keys_have_no_place(self):
+        if self.source == "image_keys" and (self.pool, self.features) != ("all", "query_key"):
+            raise ValueError(
+                "source image_keys compares with keys of image tokens, which lie nowhere in the reference: set pool to "
+                "all and features to query_key, or source to network"
+            )
         return self
 
 

@@ -33,6 +33,7 @@ from focusdpo_lib.training.memory import MemoryAdvice
 from focusdpo_lib.training.pairs import load, prepare_into
 
 SCORES = "scores.parquet"
+PREPARED_BY = ("entropy_window", "entropy_bins", "entropy_kernel", "pool", "source")  # of masks, before any step
 
 
 def load_encoders(settings: params.Evaluation) -> Encoders:
@@ -77,7 +78,8 @@ def prepare_pairs(
     inputs: dict[str, Path | str] = {"pairs": Path(pairs), **backbones.inputs(backbone)}
     if patch_encoder is not None:
         inputs["patch_encoder"] = Path(patch_encoder) if Path(patch_encoder).is_dir() else patch_encoder
-    settings = {"backbone": backbone, "entropy": {"window": masks.entropy_window, "bins": masks.entropy_bins}}
+    of_masks = {name: getattr(masks, name) for name in PREPARED_BY}
+    settings = {"backbone": backbone, "masks": of_masks}
     job = Run(Path(results) / "prepared", settings, inputs)
     job.folder /= job.fingerprint[:16]
     if not job.complete and own_process:
@@ -121,6 +123,8 @@ def train_adapter(
         inputs["patch_encoder"] = Path(encoder) if Path(encoder).is_dir() else str(encoder)
     if training.compile:  # kept for the runs to come, of any process
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(results).resolve() / "compiled"))
+    if objective.name == "focusdpo" and masks.pool == "subject":
+        dataset.require_reference_masks(pairs)
     job = Run(Path(results) / "training" / run, settings, inputs)
     if not job.complete:
         alone = training.processes is None

@@ -237,6 +237,8 @@ def test_bfloat16_is_mixed_precision_with_float32_results(backbone, tiny_flux):
 
 
 class Recorder:
+    source = "network"
+
     def __init__(self, features):
         self.features, self.seen = features, {}
 
@@ -298,7 +300,7 @@ def test_taps_change_nothing_and_are_gone_after_a_pass_that_failed(backbone):
     def fails(*arguments):
         raise KeyError("tap")
 
-    fails.features = "query_key"
+    fails.features, fails.source = "query_key", "network"
     with torch.no_grad():
         plain = backbone.predict(latents, t, condition)
         with pytest.raises(KeyError):

@@ -169,10 +169,10 @@ def test_with_masks_training_binds_references_to_the_winner_s_subjects_and_taps_
 
 
 class Recorder:
-    features = "query_key"
+    samples = slice(None)
 
-    def __init__(self):
-        self.seen = {}
+    def __init__(self, features="query_key", source="image_keys"):
+        self.features, self.source, self.seen = features, source, {}
 
     def __call__(self, layer, target, references, grid):
         assert layer not in self.seen
@@ -186,14 +186,88 @@ def test_taps_get_queries_and_each_reference_s_keys_of_every_cross_attention(bac
     assert torch.equal(backbone.predict(latents, t, condition, taps=tap), plain)
     assert sorted(tap.seen) == backbone.attention_layers("all") == [0, 1, 2, 3]
     for layer, (target, keys, grid) in tap.seen.items():
-        width = backbone.attentions[layer].inner_dim
+        width = backbone.blocks[layer].attn2.inner_dim
         assert target.shape == (2, grid[0] * grid[1], width)
-        weights = backbone.attentions[layer].processor.to_k_ip[0]
+        weights = backbone.blocks[layer].attn2.processor.to_k_ip[0]
         for key, tokens in zip(keys, condition.references, strict=True):
             assert key.shape == (2, TOKENS, width)
             assert torch.allclose(key, weights(tokens), atol=1e-5)
     assert {grid for *_, grid in tap.seen.values()} == {(8, 8)}
     assert not any(module._forward_hooks for module in backbone.unet.modules())
+
+
+TAPPED = {  # feature: (module of a block that makes the target's tokens, and a reference's)
+    "block_output": ("", ""),
+    "query": ("attn2.to_q", "attn2.to_q"),
+    "query_key": ("attn1.to_q", "attn1.to_k"),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("features", TAPPED)
+def test_the_network_looks_at_each_reference_alone_with_its_class_as_prompt_and_its_own_tokens(folder, features):
+    """R7, network: expected tokens by hooks of our own on the plain pipeline's U-Net, one reference at a time."""
+    backbone, plain = load_tiny_sdxl(folder, precision="float32"), plain_pipeline(folder)
+    latents, t, _ = sample(backbone)
+    words = [["cat", "mug"], ["duck", "car"]]
+    condition = backbone.condition(PROMPTS, references(2), classes=words)
+    steps = (t * 1000 - 1e-3).ceil().long() - 1
+    draw, views, expected = torch.Generator().manual_seed(5), [], [[], []]
+    of_target, of_reference = TAPPED[features]
+    blocks = [m for m in plain.unet.modules() if type(m).__name__ == "BasicTransformerBlock"]
+    for subject, (photo, names) in enumerate(zip(references(2), words, strict=True)):
+        clean = plain.vae.encode(photo).latent_dist.mode() * plain.vae.config.scaling_factor
+        noise = torch.randn(clean.shape, generator=draw)
+        share = backbone.noising.alphas_cumprod[steps].view(-1, 1, 1, 1)
+        noised = share.sqrt() * clean + (1 - share).sqrt() * noise
+        views.append(condition.views[subject]._replace(latents=noised))
+        text, _, pooled, _ = plain.encode_prompt(names, device="cpu", do_classifier_free_guidance=False)
+        seen = clip_pixels(photo, plain.image_encoder.config.image_size)
+        seen = plain.image_encoder(seen, output_hidden_states=True).hidden_states[-2]
+        size = torch.tensor([[32.0, 32.0, 0.0, 0.0, 32.0, 32.0]]).expand(2, -1)
+        added = {"text_embeds": pooled, "time_ids": size, "image_embeds": [seen[:, None]]}
+        hooks = [
+            (block.get_submodule(of_reference) if of_reference else block).register_forward_hook(
+                lambda _, __, out, subject=subject: expected[subject].append(out)
+            )
+            for block in blocks
+        ]
+        plain.unet(noised, steps, text, added_cond_kwargs=added)
+        for hook in hooks:
+            hook.remove()
+    condition, tap = replace(condition, views=tuple(views)), Recorder(features, "network")
+    own = backbone.blocks[2].get_submodule(of_target) if of_target else backbone.blocks[2]
+    targets = []
+    hook = own.register_forward_hook(lambda _, __, out: targets.append(out))
+    plain_prediction = backbone.predict(latents, t, condition)
+    hook.remove()
+    assert torch.equal(backbone.predict(latents, t, condition, taps=tap), plain_prediction)
+    assert sorted(tap.seen) == [0, 1, 2, 3]
+    assert torch.equal(tap.seen[2][0], targets[0])
+    for layer, (_, found, grid) in tap.seen.items():
+        assert grid == (8, 8)
+        for subject, tokens in enumerate(found):
+            assert tokens.shape[:2] == (2, 16)  # 8×8 latents at half the side
+            assert torch.allclose(tokens, expected[subject][layer], atol=1e-5), (layer, subject)
+    assert not any(module._forward_hooks for module in backbone.unet.modules())
+
+
+@torch.no_grad()
+def test_only_the_samples_that_are_looked_at_go_through_the_network_again(backbone):
+    latents, t, _ = sample(backbone)
+    condition = backbone.condition(PROMPTS, references(1), classes=[["cat", "mug"]])
+    whole, half = Recorder("query", "network"), Recorder("query", "network")
+    half.samples = slice(0, 1)
+    for tap in (whole, half):
+        backbone.predict(latents, t, condition, taps=tap)
+    for layer, (target, (tokens,), _) in half.seen.items():
+        assert len(target) == 2 and len(tokens) == 1
+        assert torch.allclose(tokens, whole.seen[layer][1][0][:1], atol=1e-5)
+
+
+def test_a_conditioning_without_views_is_named(backbone):
+    with pytest.raises(ValueError, match="no views of its references: call `condition` with `classes`"):
+        backbone.predict(*sample(backbone), taps=Recorder("query", "network"))
 
 
 @torch.no_grad()

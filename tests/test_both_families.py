@@ -8,7 +8,8 @@ from tiny_training import TRAINING
 
 from focusdpo_lib import backbones, params
 from focusdpo_lib.backbones.family import ADAPTER as POLICY
-from focusdpo_lib.training import ADAPTER, new_tap, train
+from focusdpo_lib.masks import CorrespondenceTap
+from focusdpo_lib.training import ADAPTER, train
 from focusdpo_lib.training.pairs import load, prepare, prepare_into
 
 FAMILIES = ("flux_uno", "sdxl_ip")
@@ -165,9 +166,10 @@ def test_any_number_of_references_of_different_sizes(family, references, models)
     source = torch.Generator().manual_seed(0)
     sizes = [(32, 32), (32, 48), (64, 32), (16, 16)][:references]
     photos = [torch.rand(2, 3, *size, generator=source) * 2 - 1 for size in sizes]
-    condition = model.condition(["a mug on a beach", "a duck in the snow"], photos)
+    words = [["mug", "duck"]] * references
+    condition = model.condition(["a mug on a beach", "a duck in the snow"], photos, classes=words)
     noised, t = torch.randn(2, 8, 16, 16, generator=source), torch.tensor([0.3, 0.9])
-    tap = new_tap(model, params.Masks(layers="all"), 2, model.token_grid((16, 16)))
+    tap = CorrespondenceTap(model.attention_layers("all"), grid=model.token_grid((16, 16)), samples=slice(0, 2))
     prediction = model.predict(noised, t, condition, taps=tap)
     assert prediction.shape == noised.shape
     assert tap.result().shape[:2] == (2, references)

@@ -11,7 +11,15 @@ import pytest
 from PIL import Image
 
 from focusdpo_lib.dip import toybox
-from focusdpo_lib.dip.dataset import SPLITS, DatasetError, Pair, defect, read_dataset, write_dataset
+from focusdpo_lib.dip.dataset import (
+    SPLITS,
+    DatasetError,
+    Pair,
+    defect,
+    read_dataset,
+    require_reference_masks,
+    write_dataset,
+)
 from focusdpo_lib.params import Dip, ParameterError
 from focusdpo_lib.toybox.world import CLASSES, Identity, Placement, Scene, halve, photo, render, with_identities
 
@@ -38,8 +46,8 @@ def tiny(**values):
     mask[1:3, 1:3] = True
     lose = win.copy()
     lose[1, 1] = 200
-    reference = np.zeros((2, 2, 3), np.uint8)
-    sound = Pair("train-7", "a mug", win, lose, (reference,), (mask,), ("mug",), ("red",), ("blue",), "train")
+    reference, shown = np.zeros((2, 2, 3), np.uint8), np.array([[True, False], [True, False]])
+    sound = Pair("train-7", "a mug", win, lose, (reference,), (mask,), ("mug",), ("red",), ("blue",), "train", (shown,))
     return replace(sound, **values)
 
 
@@ -191,7 +199,7 @@ def test_reading_gives_what_was_written(folder):
         for index, read in enumerate(pairs[split]):
             written = toybox.make_pair(Dip(), split, index)
             for name, value in vars(written).items():
-                if name in ("win", "lose", "references", "masks"):
+                if name in ("win", "lose", "references", "masks", "reference_masks"):
                     for a, b in zip(np.atleast_1d(getattr(read, name)), np.atleast_1d(value), strict=True):
                         np.testing.assert_array_equal(a, b)
                         assert a.dtype == b.dtype
@@ -243,6 +251,12 @@ DEFECTS = {
         "lose": changed(SOUND.lose, 103, 0, 0)
     },
     "win and lose show the same image": {"lose": SOUND.win},
+    "it has 1 references but 2 reference_masks": {"reference_masks": SOUND.reference_masks * 2},
+    "it has 1 references but 0 reference_masks": {"reference_masks": ()},
+    "the reference mask of its subject 'mug' is 2×1, but the reference is 2×2": {
+        "reference_masks": (SOUND.reference_masks[0][:1],)
+    },
+    "the reference mask of its subject 'mug' is empty": {"reference_masks": (EMPTY[:2, :2],)},
     "it says that it belongs to the split 'test'": {"split": "test"},
 }
 
@@ -260,10 +274,31 @@ def test_an_unsound_row_is_refused_on_writing_and_on_reading(sentence, values, t
         write_dataset(tmp_path, {"train": pairs})
     assert list(tmp_path.iterdir()) == []  # nothing half-written stays
     with monkeypatch.context() as unchecked:
-        unchecked.setattr("focusdpo_lib.dip.dataset._check", lambda pair, path, split, seen, tolerance: seen.add(pair))
+        unchecked.setattr("focusdpo_lib.dip.dataset._check", lambda pair, path, split, seen, *rest: seen.add(pair))
         write_dataset(tmp_path, {"train": pairs})
     with pytest.raises(DatasetError, match=f"pair 'train-7' of .*train.parquet: .*{sentence}; correct or drop it"):
         read_dataset(tmp_path, ["train"])
+
+
+def test_pairs_without_reference_masks_are_read_and_only_who_needs_them_misses_the_column(tmp_path):
+    write_dataset(tmp_path, {"train": [tiny(reference_masks=())]})
+    assert "reference_masks" not in pq.read_schema(tmp_path / "train.parquet").names
+    assert read_dataset(tmp_path, ["train"])["train"][0].reference_masks == ()
+    with pytest.raises(DatasetError, match=r"train.parquet lacks the column reference_masks.* set masks.pool to all"):
+        require_reference_masks(tmp_path)
+    with pytest.raises(DatasetError, match="it has 1 references but 0 reference_masks"):  # some with and some without
+        write_dataset(tmp_path, {"train": [SOUND, tiny(id="train-8", reference_masks=())]})
+
+
+def test_a_reference_mask_is_where_the_photo_differs_from_one_of_another_identity():
+    for pair in toybox_pairs(Dip(), count=10):
+        win, lose = identities(pair)
+        seeds = pair.provenance["reference_seeds"]
+        for before, after, seed, mask in zip(win, lose, seeds, pair.reference_masks, strict=True):
+            if before != after:
+                differs = (halve(photo(before, seed)) != halve(photo(after, seed))).any(-1)
+                assert mask.shape == (32, 32) and differs.any() and not differs[~mask].any()
+                assert 0.2 < mask.mean() < 0.75
 
 
 def test_a_repeated_id_is_refused(tmp_path):
@@ -305,7 +340,7 @@ def grey(masks):
         ("lose", lambda image: None, "its image lose cannot be decoded"),
         ("references", lambda images: [cut(images[0]), *images[1:]], r"its image references\[0\] cannot be decoded"),
         ("masks", lambda images: [*images[:-1], cut(images[-1])], r"its image masks\[\d\] cannot be decoded"),
-        ("masks", grey, "its mask 0 holds values other than 0 and 255"),
+        ("masks", grey, r"its masks\[0\] holds values other than 0 and 255"),
         ("provenance", lambda text: "{half", "its provenance is not JSON"),
         ("prompt", lambda text: None, "its prompt is empty"),
     ],

@@ -17,7 +17,7 @@ FLOORS = [
     ("toybox",),
     ("dip",),
     ("training",),
-    ("plots",),
+    ("plots", "grade"),
     ("stages", "bench"),
     ("comparison",),
     ("batch",),

@@ -46,6 +46,52 @@ def test_correspondence_is_eq_3_for_subjects_with_different_token_counts(similar
     np.testing.assert_allclose(scores, numpy_correspondence(target, reference, power), rtol=2e-5, atol=1e-6)
 
 
+def test_only_the_subject_s_tokens_are_pooled():
+    """R20, by hand: the reference's tokens are its subject, (3, 0) and (0, 1), and a background of (-9, -9)."""
+    reference, subject = tokens((3, 0), (-9, -9), (0, 1)), torch.tensor([[1.0, 0.0, 1.0]])
+    torch.testing.assert_close(masks.pool(reference, subject), tokens((1.5, 0.5)))
+    torch.testing.assert_close(masks.pool(reference), tokens((-2, -8 / 3)))
+    target = tokens((3, 1), (-1, 3))  # along the pooled vector, and across it
+    score = masks.layer_correspondence(target, [reference], subject_tokens=[subject])
+    torch.testing.assert_close(score, torch.tensor([[[1.0, 0.0]]]), atol=1e-6, rtol=0)
+    assert masks.layer_correspondence(target, [reference])[0, 0, 0] < 0  # misled by the background
+    # A subject without a token says nothing of any token.
+    assert not masks.layer_correspondence(target, [reference], subject_tokens=[subject * 0]).any()
+
+
+def test_each_sample_and_subject_is_pooled_over_its_own_tokens():
+    target, reference = random_layers()
+    chosen = [torch.tensor([[1, 1, 0, 0, 0], [0, 0, 1, 1, 1.0]]), torch.tensor([[0, 1.0] + [0] * 5, [1.0] * 7])]
+    scores = masks.correspondence(target, reference, "cosine", chosen)
+    for b in range(2):
+        kept = [[r[b : b + 1, own[b] > 0] for r, own in zip(layer, chosen, strict=True)] for layer in reference]
+        alone = numpy_correspondence([t[b : b + 1] for t in target], kept, 1)
+        np.testing.assert_allclose(scores[b : b + 1], alone, rtol=2e-5, atol=1e-6)
+
+
+def test_a_reference_token_belongs_to_the_subject_that_covers_half_of_it():
+    cover = torch.zeros(1, 4, 4)
+    cover[0, 0, :2], cover[0, 2:, 2:], cover[0, 2, 0] = 1, 0.5, 1  # shares of the 2×2 tokens: ½, 0, ¼, ½
+    assert masks.subject_tokens(cover, 4).tolist() == [[1, 0, 0, 1]]
+    assert masks.subject_tokens(cover, 16).sum() == 2 + 4 + 1
+    with pytest.raises(ValueError, match="5 tokens do not divide a reference of 4×4 cells"):
+        masks.subject_tokens(cover, 5)
+
+
+def test_a_tap_pools_the_subject_at_each_layer_s_own_resolution():
+    cover = [torch.tensor([[[1.0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]])]
+    draw = torch.Generator().manual_seed(3)
+    target, fine, coarse = (torch.randn(1, n, 6, generator=draw) for n in (9, 16, 4))
+    tap = masks.CorrespondenceTap(cover=cover)
+    tap(0, target, [fine])
+    tap(1, target, [coarse])
+    terms = [
+        masks.layer_correspondence(target, [fine[:, [0, 1, 4]]]),
+        masks.layer_correspondence(target, [coarse[:, [0]]]),  # three quarters of the first token
+    ]
+    torch.testing.assert_close(tap.result(), sum(terms) / 2)
+
+
 def test_cosine_prefers_direction_and_the_printed_form_prefers_small_norms():
     # cls = (1, 0). Token 0 = (4, 0): cosine 1, printed 4/16 = 0.25. Token 1 = (1, 1): cosine 0.707, printed 1/2.
     target, reference = tokens((4, 0), (1, 1)), [tokens((1, 0))]
@@ -251,6 +297,22 @@ def test_patch_entropy_equals_scikit_image_up_to_the_border(window):
     for name, image, entropy in zip(gray_images(), images, ours, strict=True):
         expected = skimage_entropy(image, np.ones((window, window), np.uint8))
         np.testing.assert_allclose(entropy, expected, atol=5e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("window", [3, 9])
+def test_gaussian_patch_entropy_weighs_pixels_by_their_distance(window):
+    """R21, against loops over pixels in float64: a histogram of exp(−d²/2σ²), σ = window/6, cut at the border."""
+    gray = np.random.default_rng(0).integers(0, 5, (11, 8)) * 50
+    ours = masks.patch_entropy(torch.from_numpy(gray)[None], window, kernel="gaussian")[0]
+    for y, x in np.ndindex(gray.shape):
+        weight_of = {}
+        for v, u in np.ndindex(gray.shape):
+            if max(abs(v - y), abs(u - x)) <= window // 2:
+                weight = np.exp(-((v - y) ** 2 + (u - x) ** 2) / (2 * (window / 6) ** 2))
+                weight_of[gray[v, u]] = weight_of.get(gray[v, u], 0) + weight
+        share = np.array(list(weight_of.values())) / sum(weight_of.values())
+        assert ours[y, x].item() == pytest.approx(-(share * np.log2(share)).sum(), abs=2e-5)
+    assert not torch.allclose(ours, masks.patch_entropy(torch.from_numpy(gray)[None], window)[0], atol=0.1)
 
 
 def test_patch_entropy_with_fewer_bins_merges_neighbouring_grey_levels():

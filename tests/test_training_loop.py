@@ -134,6 +134,8 @@ def test_focusdpo_with_a_focus_of_ones_takes_dpo_s_step_to_the_bit(prepared, pol
 
 
 class Recorder:
+    source = "network"
+
     def __init__(self, features, winners):
         self.features, self.winners, self.target, self.references = features, winners, [], []
 
@@ -154,8 +156,12 @@ def focus_by_hand(backbone, pairs, draw, masks):
         else:
             backbone.predict(noised, draw.t, pairs.conditioning[draw.rows], taps=recorder)
     layers = {"double": [0, 1], "all": [0, 1, 2, 3]}.get(str(settings.layers), settings.layers)
+    subjects = None
+    if settings.pool == "subject":  # 2×2 latents a token
+        subjects = [(cover[draw.rows].unfold(1, 2, 2).unfold(2, 2, 2).mean((3, 4)) >= 0.5) for cover in pairs.cover]
+        subjects = [mask.float().flatten(1) for mask in subjects]
     scores = correspondence(
-        [recorder.target[i] for i in layers], [recorder.references[i] for i in layers], settings.similarity
+        [recorder.target[i] for i in layers], [recorder.references[i] for i in layers], settings.similarity, subjects
     )
     switches = {name: getattr(settings, name) for name in ("multi_subject", "tau", "gamma")}
     return focus_field(scores, pairs.prior_tokens[draw.rows], pairs.detail[draw.rows], (8, 8), **switches)
@@ -168,7 +174,9 @@ def focus_by_hand(backbone, pairs, draw, masks):
         {"similarity": "printed"},
         {"layers": "all"},
         {"layers": [3]},
+        {"features": "query"},
         {"features": "query_key"},
+        {"pool": "all"},
         {"network": "policy"},
         {"multi_subject": "union"},
         {"tau": 1.0},
@@ -371,7 +379,7 @@ def test_images_that_cannot_form_a_batch_are_named(backbone, pairs):
     wide = np.zeros((32, 40, 3), np.uint8)
     with pytest.raises(DatasetError, match=f"pair {second.id}: winner and references are 64×64 and 40×32 pixels"):
         prepare(backbone, [first, replace(second, references=(wide,))], params.Masks())
-    with pytest.raises(DatasetError, match=r"are 64×64 and 39×32 pixels: crop them to multiples of 8"):
+    with pytest.raises(DatasetError, match=r"are 64×64 and 39×32 pixels: crop the one of 39×32 to multiples of 8"):
         prepare(backbone, [replace(first, references=(wide[:, :39],))], params.Masks())
 
 
@@ -382,7 +390,8 @@ def test_the_log_has_a_row_a_pair_and_step_with_everything_the_figures_need(prep
     tiny_train(tiny_flux, prepared, tmp_path, steps=4)
     log = read_log(tmp_path)
     errors = ["policy_win", "policy_lose", "reference_win", "reference_lose"]
-    named = ["step", "pair", "references", "loss", "t", "margin", "accuracy", *errors, "coverage", "branch"]
+    named = ["step", "pair", "references", "loss", "t", "margin", "accuracy", *errors]
+    named += ["coverage", "hit", "confusion", "chance", "branch"]
     assert list(log) == named
     assert log["step"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     at = draws(prepared, settings())

@@ -1,6 +1,6 @@
 """The model families behind one small interface: what training, masks and generation may know of a model."""
 
-from focusdpo_lib.backbones.conditioning import Conditioning
+from focusdpo_lib.backbones.conditioning import Conditioning, View
 from focusdpo_lib.backbones.interface import Backbone
 from focusdpo_lib.backbones.loading import CLASSES, BackboneError, best_device, family_class, identity, inputs, load
 from focusdpo_lib.backbones.revisions import is_hub_id, pinned

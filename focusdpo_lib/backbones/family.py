@@ -86,6 +86,7 @@ class Family:
     targets: str  # R17: a regular expression of the modules that get LoRA weights
     predicts: str  # "velocity" or "epsilon"
     multiple: int  # the sides of an image are multiples of so many pixels
+    reference_multiple: int  # and those of a reference that masks are derived from
 
     def autocast(self):
         """Mixed precision as `precision` says; float32 weights stay float32."""
@@ -99,11 +100,16 @@ class Family:
 
     @torch.no_grad()
     def condition(
-        self, prompts: list[str], references: Sequence[torch.Tensor], regions: torch.Tensor | None = None
+        self,
+        prompts: list[str],
+        references: Sequence[torch.Tensor],
+        regions: torch.Tensor | None = None,
+        classes: Sequence[Sequence[str]] = (),
     ) -> Conditioning:
         """Everything a prediction is conditioned on, for B prompts and S batches of reference pixels (B, 3, h, w).
 
-        `regions` (B, S, h, w), where each subject stands, matters only to a family that can bind references to places.
+        `regions` (B, S, h, w), where each subject stands, matters only to a family that can bind references to places;
+        `classes`, S times B words, only to one that looks at references in a pass of their own (R7).
         """
         return Conditioning(*self.encode_prompts(prompts), self.encode_references(references))
 

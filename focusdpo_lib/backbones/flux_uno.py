@@ -15,7 +15,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from focusdpo_lib.backbones.conditioning import Conditioning
 from focusdpo_lib.backbones.family import QUANTIZED, TEXT_PARTS, Family, chosen_precision, compute_in, loading
 from focusdpo_lib.backbones.subject_lora import load_subject_lora
-from focusdpo_lib.backbones.tokens import output_hook, pack, position_ids, query_key_hooks, unpack
+from focusdpo_lib.backbones.tokens import attention_hooks, output_hook, pack, position_ids, unpack
 
 # UNO's own targets (R17): attention q, k, v and output of both streams in double blocks; q, k, v and output of single.
 LORA_TARGETS = (
@@ -51,7 +51,7 @@ class FluxUno(Family):
         self.position_mode, self.sampling_shift = position_mode, sampling_shift
         self.text_length = min(pipeline.tokenizer_2.model_max_length, 512) if pipeline.tokenizer_2 else 512
         self.stride = pipeline.vae_scale_factor
-        self.multiple = 2 * self.stride
+        self.multiple = self.reference_multiple = 2 * self.stride
         self.double_blocks = 0 if self.transformer is None else len(self.transformer.transformer_blocks)
 
     @classmethod
@@ -162,7 +162,8 @@ class FluxUno(Family):
 
         `taps(layer, target_tokens, reference_tokens)` is called in every attention block with tokens of the target
         (B, P_t, d) and a list of each reference's (B, P_r, d); layers count the double blocks, then the single. By
-        `taps.features` they are the block's output, or the attention's queries and keys (R3).
+        `taps.features` they are the block's output, the attention's queries, or target queries and reference keys (R3).
+        `guidance` is a number, or one a sample (B,); a model without that input has none.
         """
         height, width = noised.shape[-2:]
         tokens = [pack(x) for x in (noised, *conditioning.references)]
@@ -180,7 +181,7 @@ class FluxUno(Family):
                 timestep=t,
                 img_ids=position_ids(grids[0], grids[1:], self.position_mode).to(self.device),
                 txt_ids=torch.zeros(conditioning.text.shape[1], 3, device=self.device),
-                guidance=torch.full_like(t, guidance) if distilled else None,
+                guidance=torch.zeros_like(t) + guidance if distilled else None,
                 return_dict=False,
             )[0]
         return unpack(output[:, : tokens[0].shape[1]].float(), height, width)
@@ -188,6 +189,10 @@ class FluxUno(Family):
     @contextmanager
     def _tapped(self, taps, text_tokens: int, lengths: list[int]):
         """Calls `taps` with the target and reference tokens of each block while the transformer runs."""
+        if taps is not None and taps.source != "network":
+            raise ValueError(
+                "masks.source image_keys is a reading of the U-Net: FLUX has reference tokens, set network"
+            )
         handles = []
         blocks = (*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks)
         for layer, block in enumerate(blocks if taps is not None else ()):
@@ -195,7 +200,7 @@ class FluxUno(Family):
             if taps.features == "block_output":
                 handles.append(block.register_forward_hook(output_hook(taps, layer, lengths)))
             else:
-                handles += query_key_hooks(taps, layer, block.attn, skipped, lengths)
+                handles += attention_hooks(taps, layer, block.attn, skipped, lengths)
         try:
             yield
         finally:

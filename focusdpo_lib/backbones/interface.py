@@ -24,6 +24,7 @@ class Backbone(Protocol):
     precision: torch.dtype  # of arithmetic
     stride: int  # pixels a latent
     multiple: int  # the sides of an image are multiples of so many pixels
+    reference_multiple: int  # and those of a reference that masks are derived from
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels → normalised latents."""
@@ -32,7 +33,11 @@ class Backbone(Protocol):
         """Latents → pixels."""
 
     def condition(
-        self, prompts: list[str], references: Sequence[torch.Tensor], regions: torch.Tensor | None = None
+        self,
+        prompts: list[str],
+        references: Sequence[torch.Tensor],
+        regions: torch.Tensor | None = None,
+        classes: Sequence[Sequence[str]] = (),
     ) -> Conditioning:
         """Everything a prediction is conditioned on, for B prompts and S batches of reference pixels (B, 3, h, w)."""
 
@@ -45,7 +50,10 @@ class Backbone(Protocol):
     def predict(
         self, noised: torch.Tensor, t: torch.Tensor, conditioning: Conditioning, taps: Callable | None = None
     ) -> torch.Tensor:
-        """The network's prediction at x_t, float32; `taps(layer, target, references, grid)` sees tokens on the way."""
+        """The network's prediction at x_t, float32; `taps(layer, target, references, grid)` sees tokens on the way.
+
+        With taps whose `source` is "network" the conditioning's views, if it has any, are noised as the target is.
+        """
 
     def sample(
         self, conditioning: Conditioning, seeds: Sequence[int], size: tuple[int, int], steps: int, guidance: float = 1.0

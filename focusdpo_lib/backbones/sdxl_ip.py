@@ -6,18 +6,19 @@ resampler makes of it, 16 tokens; several references are joined by `image_tokens
 subject's region alone ("masks", the pipeline's `ip_adapter_masks`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPVisionModelWithProjection
 
-from focusdpo_lib.backbones.conditioning import Conditioning
+from focusdpo_lib.backbones.conditioning import Conditioning, View
 from focusdpo_lib.backbones.family import QUANTIZED, TEXT_PARTS, Family, chosen_precision, compute_in, loading
 
 # R17: every attention's q, k, v and output, and IP-Adapter's own keys and values.
@@ -74,7 +75,11 @@ class SdxlIp(Family):
         self.image_tokens, self.negative_prompt = image_tokens, negative_prompt
         self.stride = self.multiple = pipeline.vae_scale_factor
         self.noising = DDPMScheduler.from_config(pipeline.scheduler.config)
-        self.attentions = [m for n, m in self.unet.named_modules() if n.endswith(".attn2")]
+        # In the order in which they run. Every block has one cross-attention: layer i is the block and its attention.
+        parts = (self.unet.down_blocks, self.unet.mid_block, self.unet.up_blocks)
+        modules = (module for part in parts if part is not None for module in part.modules())
+        self.blocks = [module for module in modules if isinstance(module, BasicTransformerBlock)]
+        self.reference_multiple = self.multiple * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     @classmethod
     def from_pretrained(
@@ -131,9 +136,9 @@ class SdxlIp(Family):
     def attention_layers(self, which: str | list[int]) -> list[int]:
         """R7: every cross-attention layer, or indices as they are."""
         if isinstance(which, str):
-            return list(range(len(self.attentions)))
-        if bad := [i for i in which if not 0 <= i < len(self.attentions)]:
-            last = len(self.attentions) - 1
+            return list(range(len(self.blocks)))
+        if bad := [i for i in which if not 0 <= i < len(self.blocks)]:
+            last = len(self.blocks) - 1
             raise ValueError(f"masks.layers names the layers {bad}, but this model has layers 0 to {last}")
         if not which:
             raise ValueError('masks.layers is an empty list: name at least one layer, or "all"')
@@ -169,9 +174,15 @@ class SdxlIp(Family):
         return tuple(self._project(clip_pixels(pixels.to(self.device), size)) for pixels in images)
 
     @torch.no_grad()
-    def condition(self, prompts, references, regions=None) -> Conditioning:
-        """As every family; with masks, several references act in `regions` or, where there are none, in stripes."""
+    def condition(self, prompts, references, regions=None, classes=()) -> Conditioning:
+        """As every family; with masks, several references act in `regions` or, where there are none, in stripes.
+
+        Where `classes` say what each reference shows, S lists of B words, the conditioning has views.
+        """
         conditioning = super().condition(prompts, references)
+        views = zip(references, classes, strict=True) if classes else ()
+        views = tuple(View(self.encode_images(pixels), *self.encode_prompts(list(words))) for pixels, words in views)
+        conditioning = replace(conditioning, views=views)
         if self.image_tokens != "masks" or len(references) < 2:
             return conditioning
         regions = stripes(len(references)).expand(len(prompts), -1, -1, -1) if regions is None else regions
@@ -213,17 +224,38 @@ class SdxlIp(Family):
     def predict(self, noised, t, conditioning: Conditioning, taps=None, guidance: float = 1.0) -> torch.Tensor:
         """ε at x_t (B, C, H, W) and t (B,) in (0, 1], as float32 (B, C, H, W).
 
-        `taps(layer, target_tokens, reference_tokens, grid)` is called in every cross-attention layer with its queries
-        (B, P, d) and each reference's keys (B, 16, d), heads side by side (R7). With another guidance than 1 the result
-        is ε_u + guidance · (ε_c − ε_u), u being `unconditional`; training has none.
+        `taps(layer, target_tokens, reference_tokens, grid)` is called in every transformer block with tokens of the
+        target (B, P, d) and each reference's. By `taps.source` (R7) those are the reference's own, (B, P_r, d) from a
+        pass before this one (see `_look_at_references`), or the keys of its image tokens, (B, 16, d), heads side by
+        side. With another guidance than 1 the result is ε_u + guidance · (ε_c − ε_u), u being `unconditional`.
         """
-        epsilon = self._epsilon(noised, self._steps(t), conditioning, taps)
+        seen = None
+        if taps is not None and taps.source == "network":
+            seen = self._look_at_references(taps, t, conditioning)
+        with self._tapped(taps, seen, noised.shape[-2:], len(conditioning.references)):
+            epsilon = self._epsilon(noised, self._steps(t), conditioning)
         if guidance == 1.0:
             return epsilon
         nothing = self.unconditional(conditioning)
         return _guided(epsilon, self._epsilon(noised, self._steps(t), nothing), guidance)
 
-    def _epsilon(self, noised, steps, conditioning: Conditioning, taps=None) -> torch.Tensor:
+    @torch.no_grad()
+    def _look_at_references(self, taps, t: torch.Tensor, conditioning: Conditioning) -> list[list[torch.Tensor]]:
+        """The tokens (B, P_r, d) of each reference in every layer, as the network sees the references (R7).
+
+        Each goes through it alone: its view, noised as the target is, with its subject's class as prompt and its own
+        image tokens. Only the samples that the taps look at.
+        """
+        if len(conditioning.views) != len(conditioning.references):
+            raise ValueError("the conditioning has no views of its references: call `condition` with `classes`")
+        conditioning, steps = conditioning[taps.samples], self._steps(t[taps.samples])
+        seen: list[list[torch.Tensor]] = [[] for _ in self.blocks]
+        for view, tokens in zip(conditioning.views, conditioning.references, strict=True):
+            with self._listening(taps.features, False, lambda layer, found: seen[layer].append(found)):
+                self._epsilon(view.latents, steps, Conditioning(view.text, view.pooled, (tokens,)))
+        return seen
+
+    def _epsilon(self, noised, steps, conditioning: Conditioning) -> torch.Tensor:
         dtype = self.unet.dtype
         height, width = (side * self.stride for side in noised.shape[-2:])
         sizes = torch.tensor([[height, width, 0, 0, height, width]], device=self.device).float()
@@ -236,7 +268,7 @@ class SdxlIp(Family):
             "time_ids": sizes.expand(len(noised), -1),
             "image_embeds": [images],
         }
-        with self.autocast(), self.attention(), self._tapped(taps, noised.shape[-2:], len(conditioning.references)):
+        with self.autocast(), self.attention():
             return self.unet(
                 noised.to(dtype),
                 steps,
@@ -247,18 +279,43 @@ class SdxlIp(Family):
             )[0].float()
 
     @contextmanager
-    def _tapped(self, taps, size: Sequence[int], references: int):
-        """Calls `taps` with queries and image keys of each cross-attention layer while the U-Net runs."""
-        handles, tokens = [], self.resampler.latents.shape[1]
-        for layer, attention in enumerate(self.attentions if taps is not None else ()):
+    def _tapped(self, taps, seen: list[list[torch.Tensor]] | None, size: Sequence[int], references: int):
+        """Calls `taps` with each layer's tokens while the U-Net runs: the target's, and those `seen` or image keys."""
+        if taps is None:
+            yield
+        elif seen is not None:
+
+            def compare(layer: int, tokens: torch.Tensor) -> None:
+                taps(layer, tokens, seen[layer], _grid(tokens, size))
+
+            with self._listening(taps.features, True, compare):
+                yield
+        else:
             if self.image_tokens == "average" and references > 1:
                 raise ValueError("averaged image tokens cannot tell subjects apart: use image_tokens 'concatenate'")
-            handles += _image_attention_hooks(taps, layer, attention, tuple(size), references, tokens)
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+            tokens, hooks = self.resampler.latents.shape[1], []
+            for layer, block in enumerate(self.blocks):
+                hooks += _image_key_hooks(taps, layer, block.attn2, tuple(size), references, tokens)
+            with _removed_at_the_end(hooks):
+                yield
+
+    def _listening(self, features: str, target: bool, receive: Callable[[int, torch.Tensor], None]):
+        """A context in which `receive(layer, tokens)` gets the tokens (B, P, d) of every transformer block (R3).
+
+        They are the block's output; the queries of its cross-attention ("query"); or what its self-attention compares
+        ("query_key"): queries of the target, keys of a reference.
+        """
+        part = {"block_output": None, "query": "attn2.to_q", "query_key": "attn1.to_q" if target else "attn1.to_k"}
+        modules = [b if part[features] is None else b.get_submodule(part[features]) for b in self.blocks]
+
+        def hook_of(layer: int):
+            @torch.compiler.disable  # each layer's and step's hook is another: its block would be compiled anew for it
+            def hook(module, inputs, output):
+                receive(layer, output)
+
+            return hook
+
+        return _removed_at_the_end([m.register_forward_hook(hook_of(i)) for i, m in enumerate(modules)])
 
     # --- sampling ----------------------------------------------------------------------------------------------------
 
@@ -293,7 +350,22 @@ def _guided(conditional: torch.Tensor, unconditional: torch.Tensor, guidance: fl
     return unconditional + guidance * (conditional - unconditional)
 
 
-def _image_attention_hooks(taps, layer: int, attention: nn.Module, size: tuple[int, int], references: int, tokens: int):
+@contextmanager
+def _removed_at_the_end(hooks: list):
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _grid(tokens: torch.Tensor, size: Sequence[int]) -> tuple[int, int]:
+    """The grid (h, w) of a layer's tokens (B, P, d), for latents of `size` (H, W)."""
+    shrink = round((size[0] * size[1] / tokens.shape[1]) ** 0.5)
+    return size[0] // shrink, size[1] // shrink
+
+
+def _image_key_hooks(taps, layer: int, attention: nn.Module, size: tuple[int, int], references: int, tokens: int):
     """Hooks on a cross-attention's queries and on the keys of its image tokens; its grid follows from its length."""
     kept = {}
 
@@ -307,8 +379,7 @@ def _image_attention_hooks(taps, layer: int, attention: nn.Module, size: tuple[i
         keys = output.flatten(1, 2) if output.ndim == 4 else output  # (B, S, 16, d) or (B, S · 16, d)
         kept["keys"] += keys.chunk(keys.shape[1] // tokens, 1)  # with masks, one reference a call
         if len(kept["keys"]) == references:
-            shrink = round((size[0] * size[1] / queries.shape[1]) ** 0.5)
-            taps(layer, queries, kept["keys"], (size[0] // shrink, size[1] // shrink))
+            taps(layer, queries, kept["keys"], _grid(queries, size))
 
     return [
         attention.to_q.register_forward_hook(query_hook),

@@ -47,17 +47,22 @@ def output_hook(taps, layer: int, lengths: list[int]):
     return hook
 
 
-def query_key_hooks(taps, layer: int, attention: nn.Module, skipped: int, lengths: list[int]):
-    """The target's queries and the references' keys as attention compares them: normalised, heads side by side."""
+def attention_hooks(taps, layer: int, attention: nn.Module, skipped: int, lengths: list[int]):
+    """The target's queries, and the references' keys or queries, as attention takes them: normalised, heads joined."""
     kept = {}
+
+    def split(output):
+        return output[:, skipped:].flatten(2).split(lengths, 1)
 
     @torch.compiler.disable
     def query_hook(module, inputs, output):
-        kept["target"] = output[:, skipped : skipped + lengths[0]].flatten(2)
+        kept["target"], *references = split(output)
+        if taps.features == "query":
+            taps(layer, kept["target"], references)
 
     @torch.compiler.disable
     def key_hook(module, inputs, output):
-        references = output[:, skipped + lengths[0] :].flatten(2).split(lengths[1:], 1)
-        taps(layer, kept["target"], list(references))
+        if taps.features == "query_key":
+            taps(layer, kept["target"], list(split(output)[1:]))
 
     return [attention.norm_q.register_forward_hook(query_hook), attention.norm_k.register_forward_hook(key_hook)]

@@ -13,9 +13,10 @@ from focusdpo_lib import params
 class Sizes:
     """A model's configuration in diffusers' words, and the shapes of one sample.
 
-    latents (C, h, w); text (tokens, width); pooled width; reference: the shape of each of 1 or 2 references; pairs:
-    how many a step takes (the paper takes one for each GPU; one does not fill a GPU with SDXL); subject_rank: of UNO's
-    LoRA, a part of the base, which SDXL does without.
+    latents (C, h, w); text (tokens, width); pooled width; reference: the shape of each of 1 or 2 references; view: of
+    the latents of one, where the network looks at references in a pass of their own (R7); pairs: how many a step takes
+    (the paper takes one for each GPU; one does not fill a GPU with SDXL); subject_rank: of UNO's LoRA, a part of the
+    base, which SDXL does without.
     """
 
     network: dict
@@ -24,6 +25,7 @@ class Sizes:
     pooled: int
     reference: dict[int, tuple[int, ...]]
     pairs: int
+    view: tuple[int, int, int] | None = None
     subject_rank: int | None = None
 
 
@@ -99,6 +101,7 @@ SDXL = Sizes(
     text=(77, 2048),
     pooled=1280,
     reference={1: (16, 2048), 2: (16, 2048)},  # IP-Adapter-Plus: 16 tokens, whatever the photo's size
+    view=(4, 28, 28),  # of a photo of 224 pixels, as CLIP takes it
     pairs=4,
 )
 SMALL_SDXL = {
@@ -112,10 +115,11 @@ SMALL_SDXL = {
 }
 
 
-def small(full: Sizes, network: dict, latents: tuple[int, int, int], reference: dict[int, tuple[int, ...]]) -> Sizes:
+def small(full: Sizes, network: dict, latents: tuple[int, int, int], reference: dict, view=None) -> Sizes:
     """The parts of `full` at a size for a CPU."""
     rank = full.subject_rank and 16  # an eighth of the width; a sixth in the full size
     settings = {"latents": latents, "text": (12, 64), "pooled": 64, "reference": reference, "subject_rank": rank}
+    settings |= {"view": view}
     return replace(full, network=full.network | network, pairs=1, **settings)
 
 
@@ -123,7 +127,7 @@ SIZES = {
     ("flux", "full"): FLUX,
     ("flux", "small"): small(FLUX, SMALL_FLUX, (16, 16, 16), {1: (16, 16, 16), 2: (16, 10, 10)}),
     ("sdxl", "full"): SDXL,
-    ("sdxl", "small"): small(SDXL, SMALL_SDXL, (4, 16, 16), {1: (16, 64), 2: (16, 64)}),
+    ("sdxl", "small"): small(SDXL, SMALL_SDXL, (4, 16, 16), {1: (16, 64), 2: (16, 64)}, (4, 8, 8)),
 }
 WEIGHTS = ("bfloat16", "nf4", "int8")
 # The toybox has goals on a CPU, the small sizes have none. Nine rounds gave 0.94 to 1.03 where 31 give 1.00 and 1.01.

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline, FluxTransformer2DModel, UNet2DCondition
 from peft import LoraConfig
 
 from focusdpo_lib import backbones, params
-from focusdpo_lib.backbones import Backbone, Conditioning, FluxUno, SdxlIp
+from focusdpo_lib.backbones import Backbone, Conditioning, FluxUno, SdxlIp, View
 from focusdpo_lib.backbones.flux_uno import LORA_TARGETS
 from focusdpo_lib.bench.cases import Case
 from focusdpo_lib.dip.toybox import make_pair
@@ -120,11 +120,17 @@ def load_pairs(case: Case, backbone: Backbone, count: int) -> PreparedPairs:
 
 
 def random_pairs(case: Case, backbone: Backbone, count: int) -> PreparedPairs:
-    """Random latents and conditioning; each subject owns a band of token columns, as wide as the gap beside it."""
+    """Random latents and conditioning; each subject owns a band of token columns, as wide as the gap beside it.
+
+    A reference shows its subject in the left half.
+    """
     sizes, subjects = case.sizes, case.references
     height, width = grid = backbone.token_grid(sizes.latents)
     band = torch.arange(width) * 2 * subjects // width  # even bands are the subjects'
     prior = torch.stack([(band == 2 * s).float().expand(height, width).flatten() for s in range(subjects)])
+    shape = sizes.view or sizes.reference[subjects]
+    left = (torch.arange(shape[-1]) < shape[-1] // 2).float().expand(count, *shape[-2:])
+    view = View(torch.randn(count, *shape), torch.randn(count, *sizes.text), torch.randn(count, sizes.pooled))
     return PreparedPairs(
         ids=tuple(f"random-{i}" for i in range(count)),
         win=torch.randn(count, *sizes.latents),
@@ -133,8 +139,10 @@ def random_pairs(case: Case, backbone: Backbone, count: int) -> PreparedPairs:
             torch.randn(count, *sizes.text),
             torch.randn(count, sizes.pooled),
             tuple(torch.randn(count, *sizes.reference[subjects]) for _ in range(subjects)),
+            views=(view,) * subjects if sizes.view else (),
         ),
         prior_tokens=prior.repeat(count, 1, 1),
         detail=torch.rand(count, *sizes.latents[-2:]),
         token_grid=grid,
+        cover=(left,) * subjects,
     )

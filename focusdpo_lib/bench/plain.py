@@ -13,7 +13,7 @@ from focusdpo_lib import params
 from focusdpo_lib.backbones import Backbone
 from focusdpo_lib.backbones.family import ADAPTER
 from focusdpo_lib.objectives import Objective, flow_weight, preference_loss
-from focusdpo_lib.training import Draw, focus_masks, new_tap
+from focusdpo_lib.training import Draw, focus_masks, new_tap, noised_views
 from focusdpo_lib.training.pairs import PreparedPairs
 
 
@@ -38,9 +38,9 @@ def plain_objective(
     images = [x[draw.rows].to(device) for x in (pairs.win, pairs.lose)]
     condition = pairs.conditioning[draw.rows].to(device)
     noised = [backbone.noised(image, noise, t) for image in images]
-    tap = new_tap(backbone, masks, len(draw.rows), pairs.token_grid)
+    tap, seen = new_tap(backbone, masks, pairs, draw.rows), noised_views(backbone, condition, draw.view_noise, t)
     with torch.no_grad():
-        (reference if masks.network == "reference" else backbone).predict(noised[0], t, condition, taps=tap)
+        (reference if masks.network == "reference" else backbone).predict(noised[0], t, seen, taps=tap)
         frozen = [reference.predict(x, t, condition) for x in noised]
     policy = [backbone.predict(x, t, condition) for x in noised]
     return preference_loss(

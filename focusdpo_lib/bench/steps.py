@@ -12,7 +12,7 @@ from focusdpo_lib.bench import models
 from focusdpo_lib.bench.cases import Case
 from focusdpo_lib.bench.measure import Task, held_bytes, interleaved, matrix_rate, operations, peak_bytes, release
 from focusdpo_lib.bench.plain import plain_objective, reference_copy
-from focusdpo_lib.training import Draw, draws, focus_masks, new_tap, step_objective
+from focusdpo_lib.training import Draw, draws, focus_masks, new_tap, noised_views, step_objective
 from focusdpo_lib.training.pairs import PreparedPairs
 
 OBJECTIVES = ("sft", "dpo", "focusdpo")
@@ -60,9 +60,9 @@ def winners_forward(backbone: Backbone, pairs: PreparedPairs, draw: Draw, masked
 
     @torch.no_grad()
     def forward() -> None:
-        tap = new_tap(backbone, MASKS, len(draw.rows), pairs.token_grid) if masked else None
+        tap = new_tap(backbone, MASKS, pairs, draw.rows) if masked else None
         with backbone.reference_model():
-            backbone.predict(noised, t, condition, taps=tap)
+            backbone.predict(noised, t, noised_views(backbone, condition, draw.view_noise, t), taps=tap)
         if masked:
             focus_masks(backbone, tap, pairs, draw.rows, MASKS)
 

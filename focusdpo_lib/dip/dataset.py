@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from focusdpo_lib.runs import atomic
 SPLITS = ("train", "validation", "test")
 ROWS_PER_GROUP = 64  # rows written, read and held in memory together
 _PER_SUBJECT = ("references", "masks", "captions", "disrupted_captions")
+REFERENCE_MASKS = "reference_masks"  # the one column that a dataset may lack: only masks.pool subject needs it
 
 
 @cache
@@ -41,6 +42,7 @@ def features():
             "lose": Image(),  # x_0^l
             "references": List(Image()),  # x_r
             "masks": List(Image()),  # M_prior of each subject in the winner, 0 or 255
+            REFERENCE_MASKS: List(Image()),  # where each reference shows its subject, 0 or 255
             "subjects": List(Value("string")),  # class words
             "captions": List(Value("string")),  # what the winner shows of each subject, in detail
             "disrupted_captions": List(Value("string")),  # what the loser shows instead
@@ -57,7 +59,10 @@ class DatasetError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """One row, decoded. Images are uint8 (H, W, 3), references of any size; masks are bool (H, W)."""
+    """One row, decoded. Images are uint8 (H, W, 3), references of any size; masks are bool (H, W).
+
+    `reference_masks` are as large as the references, or none at all.
+    """
 
     id: str
     prompt: str
@@ -69,6 +74,7 @@ class Pair:
     captions: tuple[str, ...]
     disrupted_captions: tuple[str, ...]
     split: str
+    reference_masks: tuple[np.ndarray, ...] = ()
     disruption: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -110,6 +116,21 @@ def defect(pair: Pair, tolerance: int = 0) -> str | None:
     return None
 
 
+def _reference_defect(pair: Pair, masked: bool) -> str | None:
+    """What is wrong with its reference masks, where the pairs of its file are `masked`."""
+    if not masked and not pair.reference_masks:
+        return None
+    if len(pair.reference_masks) != len(pair.references):
+        return f"it has {len(pair.references)} references but {len(pair.reference_masks)} {REFERENCE_MASKS}"
+    for subject, mask, image in zip(pair.subjects, pair.reference_masks, pair.references, strict=True):
+        if mask.shape != image.shape[:2]:
+            (h, w), (high, wide) = mask.shape, image.shape[:2]
+            return f"the reference mask of its subject {subject!r} is {w}×{h}, but the reference is {wide}×{high}"
+        if not mask.any():
+            return f"the reference mask of its subject {subject!r} is empty"
+    return None
+
+
 def write_dataset(folder: str | Path, splits: Mapping[str, Iterable[Pair]], tolerance: int = 0) -> None:
     """Checks and writes every split, row by row as its iterable yields; a file appears whole or not at all.
 
@@ -124,18 +145,23 @@ def write_dataset(folder: str | Path, splits: Mapping[str, Iterable[Pair]], tole
 
 
 def _write_file(temporary: Path, path: Path, split: str, pairs: Iterable[Pair], tolerance: int) -> None:
+    pairs = iter(pairs)
+    first = next(pairs, None)
+    if first is None:
+        raise DatasetError(f"the {split} split for {path} has no pair: ask for at least one")
     schema, seen, rows = features().arrow_schema, set(), []
+    masked = bool(first.reference_masks)  # all rows have them, or the file lacks the column
+    if not masked:
+        schema = schema.remove(schema.get_field_index(REFERENCE_MASKS))
     with pq.ParquetWriter(temporary, schema, write_page_checksum=True) as writer:
-        for pair in pairs:
-            _check(pair, path, split, seen, tolerance)
+        for pair in chain([first], pairs):
+            _check(pair, path, split, seen, tolerance, masked)
             rows.append(_encode(pair))
             if len(rows) == ROWS_PER_GROUP:
                 writer.write_table(pa.Table.from_pylist(rows, schema))
                 rows.clear()
         if rows:
             writer.write_table(pa.Table.from_pylist(rows, schema))
-    if not seen:
-        raise DatasetError(f"the {split} split for {path} has no pair: ask for at least one")
 
 
 def read_dataset(
@@ -151,8 +177,18 @@ def read_dataset(
         for name, split in found.items():
             seen = set()
             for pair in split:
-                _check(pair, split.path, name, seen, tolerance)
+                _check(pair, split.path, name, seen, tolerance, split.has_reference_masks)
     return found
+
+
+def require_reference_masks(folder: str | Path, split: str = "train") -> None:
+    """Raises DatasetError where a split has no masks of its references, which masks.pool subject needs (R20)."""
+    path = Path(folder) / f"{split}.parquet"
+    if not Split(path).has_reference_masks:
+        raise DatasetError(
+            f"{path} lacks the column {REFERENCE_MASKS}, which says where each reference shows its subject: add it, or "
+            "set masks.pool to all"
+        )
 
 
 class Split(Sequence):
@@ -164,7 +200,9 @@ class Split(Sequence):
             raise DatasetError(f"{path} does not exist: build the dataset first (notebook 01)")
         with _open(path) as file:
             missing = [name for name in features() if name not in file.schema_arrow.names]
+            self.has_reference_masks = REFERENCE_MASKS not in missing
             groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        missing = [name for name in missing if name != REFERENCE_MASKS]
         if missing:
             raise DatasetError(f"{path} lacks the column(s) {', '.join(missing)}: build it again with write_dataset")
         if not sum(groups):
@@ -186,7 +224,7 @@ class Split(Sequence):
             with _open(self.path) as file:
                 self._held = (group, _rows(file, group, self.path))
         pair = _decode(self._held[1][index - self._starts[group]], self.path)
-        if problem := defect(pair, self.tolerance):
+        if problem := defect(pair, self.tolerance) or _reference_defect(pair, self.has_reference_masks):
             raise _error(pair.id, self.path, problem)
         return pair
 
@@ -200,13 +238,15 @@ def _open(path: Path) -> pq.ParquetFile:
 
 def _rows(file: pq.ParquetFile, group: int, path: Path) -> list[dict]:
     try:
-        return file.read_row_group(group, columns=list(features())).to_pylist()
+        return file.read_row_group(
+            group, columns=list(features())
+        ).to_pylist()  # a column that is not there is left out
     except (pa.ArrowException, OSError) as error:
         raise DatasetError(f"{path} is damaged ({error}): delete it and build the dataset again") from None
 
 
-def _check(pair: Pair, path: Path, split: str, seen: set[str], tolerance: int) -> None:
-    problem = defect(pair, tolerance)
+def _check(pair: Pair, path: Path, split: str, seen: set[str], tolerance: int, masked: bool) -> None:
+    problem = defect(pair, tolerance) or _reference_defect(pair, masked)
     if pair.split != split:
         problem = f"it says that it belongs to the split {pair.split!r}"
     if pair.id in seen:
@@ -226,7 +266,7 @@ def _encode(pair: Pair) -> dict[str, Any]:
         **{name: list(getattr(pair, name)) for name in ("subjects", "captions", "disrupted_captions")},
         **{name: _png(getattr(pair, name)) for name in ("win", "lose")},
         "references": [_png(image) for image in pair.references],
-        "masks": [_png(mask.astype(np.uint8) * 255) for mask in pair.masks],
+        **{name: [_png(m.astype(np.uint8) * 255) for m in getattr(pair, name)] for name in ("masks", REFERENCE_MASKS)},
         **{name: json.dumps(getattr(pair, name), ensure_ascii=False) for name in ("disruption", "provenance")},
     }
 
@@ -245,11 +285,12 @@ def _decode(row: dict[str, Any], path: Path) -> Pair:
         except Exception as error:  # whatever a decoder trips over, the row cannot be used
             raise _error(row["id"], path, f"its image {name} cannot be decoded ({type(error).__name__})") from None
 
-    def mask(i: int, stored: dict | None) -> np.ndarray:
-        levels = image(f"masks[{i}]", stored, "L")
-        if not np.isin(levels, (0, 255)).all():
-            raise _error(row["id"], path, f"its mask {i} holds values other than 0 and 255")
-        return levels > 0
+    def masks(name: str) -> tuple[np.ndarray, ...]:
+        levels = [image(f"{name}[{i}]", stored, "L") for i, stored in enumerate(row.get(name) or ())]
+        for i, mask in enumerate(levels):
+            if not np.isin(mask, (0, 255)).all():
+                raise _error(row["id"], path, f"its {name}[{i}] holds values other than 0 and 255")
+        return tuple(mask > 0 for mask in levels)
 
     def notes(name: str) -> dict[str, Any]:
         try:
@@ -262,6 +303,6 @@ def _decode(row: dict[str, Any], path: Path) -> Pair:
         **{name: tuple(row[name] or ()) for name in ("subjects", "captions", "disrupted_captions")},
         **{name: image(name, row[name]) for name in ("win", "lose")},
         references=tuple(image(f"references[{i}]", stored) for i, stored in enumerate(row["references"] or ())),
-        masks=tuple(mask(i, stored) for i, stored in enumerate(row["masks"] or ())),
+        **{name: masks(name) for name in ("masks", REFERENCE_MASKS)},
         **{name: notes(name) for name in ("disruption", "provenance")},
     )

@@ -26,7 +26,8 @@ from focusdpo_lib.toybox.world import (
     PATTERNS,
     Identity,
     halve,
-    photo,
+    halve_mask,
+    photo_and_mask,
     render,
     sample_scene,
     sample_subjects,
@@ -70,13 +71,15 @@ def make_pair(settings: Dip, split: str, index: int) -> Pair:
     seeds = [int(seed) for seed in rng.integers(2**31, size=count)]
     win, masks = render(scene)
     lose, _ = render(with_identities(scene, disturbed))
+    photos, photo_masks = zip(*(photo_and_mask(*drawn) for drawn in zip(identities, seeds, strict=True)), strict=True)
     return Pair(
         id=f"{split}-{index:05d}",
         prompt=scene.caption,
         win=win,
         lose=lose,
-        references=tuple(halve(photo(*drawn)) for drawn in zip(identities, seeds, strict=True)),
+        references=tuple(map(halve, photos)),
         masks=tuple(masks),
+        reference_masks=tuple(map(halve_mask, photo_masks)),
         subjects=tuple(identity.class_name for identity in identities),
         captions=tuple(describe(identity) for identity in identities),
         disrupted_captions=tuple(describe(identity) for identity in disturbed),
@@ -107,8 +110,9 @@ def describe(identity: Identity) -> str:
 
 
 def changes(before: Identity, after: Identity) -> dict[str, list]:
-    """{attribute: [before, after]} of the attributes that differ."""
-    pairs = {name: [getattr(before, name), getattr(after, name)] for name in VALUES}
+    """{attribute: [before, after]} of the attributes that differ; the angle counts only of the same pattern."""
+    compared = [name for name in VALUES if name != "angle" or before.pattern == after.pattern]
+    pairs = {name: [getattr(before, name), getattr(after, name)] for name in compared}
     return {name: values for name, values in pairs.items() if values[0] != values[1]}
 
 
@@ -118,8 +122,7 @@ def change(rng: np.random.Generator, identity: Identity, strength: int, split: s
     while True:
         chosen = rng.choice(names, strength, replace=False)
         after = replace(identity, **{str(name): VALUES[name][rng.integers(len(VALUES[name]))] for name in chosen})
-        turned = _direction(after.pattern, after.angle) != _direction(after.pattern, identity.angle)
-        if len(changes(identity, after)) == strength and (turned or "angle" not in chosen) and _may_show(after, split):
+        if len(changes(identity, after)) == strength and _may_show(after, split):
             return after
 
 
@@ -161,7 +164,7 @@ def _may_show(identity: Identity, split: str) -> bool:
 
 
 def _direction(pattern: str, angle: int) -> str:
-    """The word for a pattern's angle. Two angles with the same word look the same, or (spot) nearly so."""
+    """The word for a pattern's angle; a spot's angles look nearly the same and have none."""
     if pattern == "stripes":
         return {0: "vertical", 45: "rising", 90: "horizontal", 135: "falling"}[angle]
     return "diagonal" if pattern in ("dots", "plaid") and angle % 90 else ""

@@ -16,7 +16,7 @@ from focusdpo_lib.toybox.batches import VALUES, generator, slot_labels, to_pixel
 from focusdpo_lib.toybox.fitting import fit
 from focusdpo_lib.toybox.ip_adapter import image_matrices, new_ip_adapter, save_ip_adapter
 from focusdpo_lib.toybox.pipelines import build_sdxl
-from focusdpo_lib.toybox.transformer import load_latents, training_sample
+from focusdpo_lib.toybox.transformer import load_latents, subject_error, training_sample
 
 SINGLES = 900  # steps with one subject only, at the start
 UNCONDITIONAL = 0.1  # share of samples without prompt and reference, for guidance
@@ -114,8 +114,7 @@ class StepLoss:
             tokens, named = self.see([training_sample(self.seed, i) for i in at.tolist()], kept, count)
         epsilon = backbone.predict(backbone.noised(clean, noise, t), t, Conditioning(text, pooled, tokens))
         error = (epsilon - noise) ** 2
-        inside = self.data["subject"][at].float().to(backbone.device)[:, None]
-        loss = (error * (1 + 4 * inside)).mean() / (1 + 4 * inside.mean())
+        loss = subject_error(error, self.data["cover"][at].float().to(backbone.device))
         return loss + 0.1 * named, {f"mse_{count}": error.mean().item(), "named": named.item()}
 
     def see(self, samples: list, kept: torch.Tensor, count: int) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:

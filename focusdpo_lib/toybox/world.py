@@ -21,6 +21,8 @@ REFERENCE_SIZE = 32
 CLASSES = tuple(SHAPES)
 PATTERNS = ("dots", "plaid", "spot", "stripes")
 ANGLES = (0, 45, 90, 135)
+TURN = {"dots": 90, "plaid": 90, "spot": 360, "stripes": 180}  # degrees after which a pattern looks the same
+SPLITS = ("train", "validation", "test")
 COLOURS = {
     "red": (0.86, 0.13, 0.15),
     "orange": (0.98, 0.55, 0.08),
@@ -41,7 +43,10 @@ _RGB = {name: np.asarray(rgb, np.float32) for name, rgb in COLOURS.items()}
 
 @dataclass(frozen=True, order=True)
 class Identity:
-    """One instance of a class; `angle` is the pattern's direction in degrees."""
+    """One instance of a class; `angle` is the pattern's direction in degrees.
+
+    Of angles at which the pattern looks the same the smallest is kept, so that identities that render alike are equal.
+    """
 
     class_name: str
     base: str
@@ -50,11 +55,21 @@ class Identity:
     angle: int
     trim: str
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "angle", self.angle % TURN[self.pattern])
+
     @property
     def split(self) -> str:
-        """'train', 'validation' or 'test', fixed by a checksum of the attributes: no identity is in two splits."""
-        bucket = zlib.crc32("/".join(map(str, astuple(self))).encode()) % 20
-        return {0: "test", 1: "validation"}.get(bucket, "train")
+        """'train', 'validation' or 'test', fixed by checksums of the attributes: no identity is in two splits.
+
+        Each angle at which it looks the same has a checksum; the identity is in the earliest of their splits, so that
+        it is held out only if every one of them is.
+        """
+        *before, _, trim = map(str, astuple(self))
+        alike = range(self.angle, ANGLES[-1] + 1, TURN[self.pattern])
+        keys = ["/".join([*before, str(angle), trim]) for angle in alike]
+        buckets = {zlib.crc32(key.encode()) % 20 for key in keys}
+        return SPLITS[min({0: 2, 1: 1}.get(bucket, 0) for bucket in buckets)]
 
 
 @dataclass(frozen=True)
@@ -84,23 +99,17 @@ class Scene:
 
 
 def sample_identity(rng: np.random.Generator, split: str = "train", class_name: str | None = None) -> Identity:
-    """A random identity of a split; its three colours differ."""
+    """A random identity of a split; its three colours differ. Patterns are as frequent in one split as in another."""
+    class_name, pattern = class_name or str(rng.choice(CLASSES)), str(rng.choice(PATTERNS))
     while True:
-        base, accent, trim = rng.choice(list(COLOURS), 3, replace=False)
-        identity = Identity(
-            class_name or str(rng.choice(CLASSES)),
-            str(base),
-            str(accent),
-            str(rng.choice(PATTERNS)),
-            int(rng.choice(ANGLES)),
-            str(trim),
-        )
+        base, accent, trim = (list(COLOURS)[i] for i in rng.permutation(len(COLOURS))[:3])
+        identity = Identity(class_name, base, accent, pattern, int(rng.choice(ANGLES)), trim)
         if identity.split == split:
             return identity
 
 
 def sample_placements(rng: np.random.Generator, count: int) -> tuple[Placement, ...]:
-    """Places for one subject, or for two side by side that do not touch, in random left-right order."""
+    """Places for one subject, or for two side by side that hardly touch, in random left-right order."""
     if count == 1:
         r = rng.uniform(0.27, 0.35)
         return (Placement(rng.uniform(r, 1 - r), rng.uniform(r + 0.04, 0.98 - r), r, rng.uniform(-10, 10)),)
@@ -198,20 +207,31 @@ def render(scene: Scene, size: int = SCENE_SIZE) -> tuple[np.ndarray, np.ndarray
 
 def photo(identity: Identity, seed: int, size: int = PHOTO_SIZE) -> np.ndarray:
     """A studio photo of one identity, (H, W, 3) uint8: plain pale backdrop, the subject large; pose and light vary."""
+    return photo_and_mask(identity, seed, size)[0]
+
+
+def photo_and_mask(identity: Identity, seed: int, size: int = PHOTO_SIZE) -> tuple[np.ndarray, np.ndarray]:
+    """`photo`, and where it shows the identity: (H, W) bool, true where the subject covers any of the pixel."""
     rng = np.random.default_rng(seed)
     _, gy = _pixel_grid(size)
     tint = 0.9 + 0.06 * rng.uniform(-1, 1, 3)
     canvas = (tint * (1 - 0.12 * gy[..., None] * rng.uniform(0, 1))).astype(np.float32)
     r = rng.uniform(0.41, 0.45)
     x, y = 0.5 + rng.uniform(-1, 1, 2) * (0.49 - r)
-    _paint(identity, Placement(x, y, r, rng.uniform(-8, 8)), rng.uniform(0.95, 1.05), canvas, size)
-    return _to_uint8(canvas)
+    coverage = _paint(identity, Placement(x, y, r, rng.uniform(-8, 8)), rng.uniform(0.95, 1.05), canvas, size)
+    return _to_uint8(canvas), coverage > 0
 
 
 def halve(image: np.ndarray) -> np.ndarray:
     """A 2×2 box average, (H, W, 3) uint8 → (H/2, W/2, 3) uint8: a photo as the model's reference input."""
     h, w, c = image.shape
     return np.rint(image.reshape(h // 2, 2, w // 2, 2, c).astype(np.float32).mean((1, 3))).astype(np.uint8)
+
+
+def halve_mask(mask: np.ndarray) -> np.ndarray:
+    """The mask of a halved photo, (H, W) bool → (H/2, W/2) bool: where the subject covers any of the pixel."""
+    h, w = mask.shape
+    return mask.reshape(h // 2, 2, w // 2, 2).any((1, 3))
 
 
 def with_identities(scene: Scene, identities: tuple[Identity, ...]) -> Scene:

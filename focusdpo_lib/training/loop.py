@@ -10,9 +10,10 @@ computes.
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -20,12 +21,13 @@ from torch import nn
 from tqdm import tqdm
 
 from focusdpo_lib import params
-from focusdpo_lib.backbones import Backbone
+from focusdpo_lib.backbones import Backbone, Conditioning
 from focusdpo_lib.masks import CorrespondenceTap, Focus, focus_field
 from focusdpo_lib.objectives import Objective, flow_weight, patchdpo_loss, preference_loss, sft_loss
 from focusdpo_lib.runs import atomic
-from focusdpo_lib.training.checkpoints import append_log, cut_log, held, resume, save_checkpoint
+from focusdpo_lib.training.checkpoints import LOG, append_log, cut_log, held, resume, save_checkpoint
 from focusdpo_lib.training.pairs import PreparedPairs
+from focusdpo_lib.training.signs import failure_signs, flat_detail
 
 ADAPTER = "adapter"
 
@@ -36,15 +38,20 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class Draw:
-    """What one step draws: rows of the prepared pairs with `count` references, noise (B, C, h, w) and t (B,)."""
+    """What one step draws: rows of the prepared pairs with `count` references, noise (B, C, h, w) and t (B,).
+
+    `view_noise` is that of the references, where the network looks at them too (R7).
+    """
 
     count: int
     rows: torch.Tensor
     noise: torch.Tensor
     t: torch.Tensor
+    view_noise: tuple[torch.Tensor, ...] = ()
 
     def part(self, start: int, stop: int) -> "Draw":
-        return Draw(self.count, self.rows[start:stop], self.noise[start:stop], self.t[start:stop])
+        views = tuple(noise[start:stop] for noise in self.view_noise)
+        return Draw(self.count, self.rows[start:stop], self.noise[start:stop], self.t[start:stop], views)
 
 
 def generator(*key: int) -> torch.Generator:
@@ -98,9 +105,24 @@ def draws(
         count, rows = epoch(step // a_pass)[step % a_pass]
         source = generator(settings.seed, 2, step)
         noise = torch.randn(size, *data[count].win.shape[1:], generator=source)
-        return Draw(count, rows, noise, draw_timesteps(settings.timesteps, size, source, shift))
+        t = draw_timesteps(settings.timesteps, size, source, shift)
+        return Draw(count, rows, noise, t, draw_view_noise(data[count].conditioning, size, source))
 
     return at
+
+
+def draw_view_noise(conditioning: Conditioning, count: int, source: torch.Generator) -> tuple[torch.Tensor, ...]:
+    """Noise for `count` samples of each view of a reference."""
+    return tuple(torch.randn(count, *view.latents.shape[1:], generator=source) for view in conditioning.views)
+
+
+def noised_views(
+    backbone: Backbone, conditioning: Conditioning, noise: Sequence[torch.Tensor], t: torch.Tensor
+) -> Conditioning:
+    """The conditioning whose views are noised as far as the target is, t (B,), each with noise of its own."""
+    views = zip(conditioning.views, noise, strict=True)
+    views = tuple(v._replace(latents=backbone.noised(v.latents, n.to(t.device), t)) for v, n in views)
+    return replace(conditioning, views=views)
 
 
 def focus_masks(
@@ -118,10 +140,15 @@ def focus_masks(
     )
 
 
-def new_tap(backbone: Backbone, settings: params.Masks, winners: int, grid: tuple[int, int]) -> CorrespondenceTap:
-    """A tap on the first `winners` samples of a batch and on the layers that the settings name; scores on `grid`."""
-    layers = backbone.attention_layers(settings.layers)
-    return CorrespondenceTap(layers, settings.similarity, slice(0, winners), grid, settings.features)
+def new_tap(backbone: Backbone, settings: params.Masks, pairs: PreparedPairs, rows: torch.Tensor) -> CorrespondenceTap:
+    """A tap on the layers that the settings name and on the winners of `rows`, the first samples of a batch."""
+    layers, cover = backbone.attention_layers(settings.layers), None
+    if settings.pool == "subject":
+        cover = [cover[rows].to(backbone.device) for cover in pairs.cover]
+    winners = slice(0, len(rows))
+    return CorrespondenceTap(
+        layers, settings.similarity, winners, pairs.token_grid, settings.features, cover, settings.source
+    )
 
 
 def step_objective(
@@ -145,7 +172,9 @@ def step_objective(
         loss = patchdpo_loss(policy[:b], policy[b:], target_win, target_lose, *maps, weight=weight)
         return loss, None
 
-    tap = new_tap(backbone, masks, b, pairs.token_grid) if objective.name == "focusdpo" else None
+    tap = None
+    if objective.name == "focusdpo":
+        tap, both = new_tap(backbone, masks, pairs, draw.rows), noised_views(backbone, both, draw.view_noise, t)
     of_reference = masks.network == "reference"
     with torch.no_grad(), backbone.reference_model():
         reference = backbone.predict(noised, both_t, both, taps=tap if of_reference else None)
@@ -176,7 +205,7 @@ def log_rows(
     """
     columns = {"t": draw.t, "margin": loss.margin, "accuracy": loss.accuracy, **loss.parts}
     if focus is not None:
-        columns["coverage"] = focus.coverage
+        columns |= {name: getattr(focus, name) for name in ("coverage", "hit", "confusion", "chance")}
     values = {name: value.tolist() for name, value in columns.items() if value is not None}
     rows = []
     for i, row in enumerate(draw.rows.tolist()):
@@ -225,6 +254,8 @@ def train(
 def _train(backbone, data, folder, objective, masks, training, accelerator, stop_after) -> Path:
     if objective.name == "patchdpo" and any(pairs.quality is None for pairs in data.values()):
         raise TrainingError("PatchDPO needs patch qualities: prepare the pairs with a vision encoder (patches=…)")
+    if objective.name == "focusdpo" and masks.pool == "subject" and not all(pairs.cover for pairs in data.values()):
+        raise TrainingError("the prepared pairs have no reference masks: prepare them with masks.pool subject")
     if backbone.precision == torch.float16 and objective.reduction == "sum":
         raise TrainingError(
             "float16 cannot hold the gradients of a sum: set objective.reduction to mean, or use bfloat16"
@@ -237,6 +268,7 @@ def _train(backbone, data, folder, objective, masks, training, accelerator, stop
     weights = backbone.adapter_parameters()
     optimizer = new_optimizer(weights, training)
     first = resume(folder, weights, optimizer)
+    warn = _Warnings(folder, data if objective.name == "focusdpo" else {})
     if accelerator.is_main_process:
         cut_log(folder, first)
     at = draws(data, training, accelerator.num_processes, backbone.timestep_shift(next(iter(data.values())).win.shape))
@@ -249,6 +281,8 @@ def _train(backbone, data, folder, objective, masks, training, accelerator, stop
         _require_finite(norm, f"the gradient of step {step}", data[draw.count], draw.rows)
         if accelerator.is_main_process:
             append_log(folder, entries)
+            if (step + 1) % training.checkpoint_every == 0 or step + 1 == training.steps:
+                warn()
             if (step + 1) % training.checkpoint_every == 0 and step + 1 < training.steps:
                 save_checkpoint(folder, step + 1, weights, optimizer)
     if accelerator.is_main_process and last == training.steps:
@@ -256,6 +290,21 @@ def _train(backbone, data, folder, objective, masks, training, accelerator, stop
             backbone.save_adapter(partial)
     accelerator.wait_for_everyone()
     return folder / ADAPTER
+
+
+class _Warnings:
+    """Prints a line for each failure sign of the run in `folder`, once."""
+
+    def __init__(self, folder: Path, data: dict[int, PreparedPairs]):
+        self.log, self.said = folder / LOG, set()
+        self.flat = flat_detail(data) if data else None
+
+    def __call__(self) -> None:
+        signs = [*failure_signs(pd.read_csv(self.log)), *([self.flat] if self.flat else [])]
+        for sign in signs:
+            if sign.split(":")[0] not in self.said:
+                tqdm.write(f"warning: {sign}", file=sys.stdout)
+                self.said.add(sign.split(":")[0])
 
 
 def _gradients(backbone, pairs, draw, step, objective, masks, training, accelerator: Accelerator) -> list[dict]:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from tqdm import tqdm
 
 from focusdpo_lib import params
-from focusdpo_lib.backbones import Backbone, Conditioning
+from focusdpo_lib.backbones import Backbone, Conditioning, View
 from focusdpo_lib.dip.dataset import DatasetError, Pair
 from focusdpo_lib.masks import detail_field, prior_tokens, to_grid
 from focusdpo_lib.objectives import patch_quality
@@ -28,8 +29,9 @@ FILE = "references_{}.safetensors"  # prepared pairs by their number of referenc
 class PreparedPairs:
     """N pairs with the same number of references S.
 
-    win, lose (N, C, h, w) latents; prior_tokens (N, S, P_t) on `token_grid`; detail (N, h, w), M_d; quality
-    (N, 2, h, w), PatchDPO's target map and patch-quality map, or None.
+    win, lose (N, C, h, w) latents; prior_tokens (N, S, P_t) on `token_grid`; detail (N, h, w), M_d; cover: of each of S
+    references the share (N, h_r, w_r) of every latent cell that its subject covers, or none where the dataset has no
+    reference masks; quality (N, 2, h, w), PatchDPO's target map and patch-quality map, or None.
     """
 
     ids: tuple[str, ...]
@@ -39,6 +41,7 @@ class PreparedPairs:
     prior_tokens: torch.Tensor
     detail: torch.Tensor
     token_grid: tuple[int, int]
+    cover: tuple[torch.Tensor, ...] = ()
     quality: torch.Tensor | None = None
 
     def __len__(self) -> int:
@@ -64,7 +67,7 @@ def prepare(
     at once (none: as many as their size allows). Raises DatasetError for a subject that covers no token (its K would
     be 0) and for images of sizes that cannot form one batch.
     """
-    groups, fitting = _groups(pairs, backbone.multiple)
+    groups, fitting = _groups(pairs, backbone)
     size = batch_size or fitting
     return {
         count: _join([_prepare(backbone, [pairs[i] for i in rows], masks, patches) for rows in _batched(ids, size)])
@@ -85,7 +88,7 @@ def prepare_into(
 
     Memory holds one batch, whatever the number of pairs. A pair of FLUX at 512×512 takes 5 MB of disk, 4.2 as text.
     """
-    groups, fitting = _groups(pairs, backbone.multiple)
+    groups, fitting = _groups(pairs, backbone)
     with tqdm(total=len(pairs), desc="pairs", unit="pair", mininterval=5, delay=5, file=sys.stdout, ncols=90) as bar:
         for count, ids in groups.items():
             file = RowFile(Path(folder) / FILE.format(count), len(ids))
@@ -97,14 +100,14 @@ def prepare_into(
                 bar.update(len(batch))
 
 
-def _groups(pairs: Sequence[Pair], multiple: int) -> tuple[dict[int, dict[int, str]], int]:
+def _groups(pairs: Sequence[Pair], backbone: Backbone) -> tuple[dict[int, dict[int, str]], int]:
     """By number of references the ids of the pairs, by index; and how many fit into one batch. Checks all sizes."""
     groups: dict[int, dict[int, str]] = {}
     sizes: dict[int, tuple] = {}
     for i, pair in enumerate(pairs):
         count = len(pair.references)
         groups.setdefault(count, {})[i] = pair.id
-        _check_sizes(pair, sizes.setdefault(count, _sizes(pair)), multiple)
+        _check_sizes(pair, sizes.setdefault(count, _sizes(pair)), backbone)
     fitting = max([1, *(PIXELS // (height * width) for (height, width), *_ in sizes.values())])
     return dict(sorted(groups.items())), fitting
 
@@ -118,11 +121,16 @@ def _sizes(pair: Pair) -> tuple[tuple[int, int], ...]:
     return tuple(image.shape[:2] for image in (pair.win, *pair.references))
 
 
-def _check_sizes(pair: Pair, expected: tuple[tuple[int, int], ...], multiple: int) -> None:
+def _check_sizes(pair: Pair, expected: tuple[tuple[int, int], ...], backbone: Backbone) -> None:
     sizes = _sizes(pair)
     words = " and ".join(f"{w}×{h}" for h, w in sizes)
-    if any(side % multiple for size in sizes for side in size):
-        raise DatasetError(f"pair {pair.id}: its images are {words} pixels: crop them to multiples of {multiple}")
+    multiples = (backbone.multiple, *[backbone.reference_multiple] * len(pair.references))
+    for size, multiple in zip(sizes, multiples, strict=True):
+        if any(side % multiple for side in size):
+            raise DatasetError(
+                f"pair {pair.id}: its images are {words} pixels: crop the one of {size[1]}×{size[0]} to multiples of "
+                f"{multiple}"
+            )
     if sizes != expected:
         raise DatasetError(
             f"pair {pair.id}: winner and references are {words} pixels, but "
@@ -145,16 +153,39 @@ def _prepare(backbone: Backbone, pairs: list[Pair], masks: params.Masks, patches
             )
     window = masks.entropy_window or 2 * backbone.stride + 1
     references = [pixels([p.references[s] for p in pairs]) for s in range(len(pairs[0].references))]
+    looked_at = masks.source == "network"  # by the network itself, in a pass of their own
+    classes = [[p.subjects[s] for p in pairs] for s in range(len(references))] if looked_at else []
+    regions = to_grid(tokens, grid, size)
     return PreparedPairs(
         ids=tuple(p.id for p in pairs),
         win=latents,
         lose=backbone.encode_images(lose).cpu(),
-        conditioning=backbone.condition([p.prompt for p in pairs], references, to_grid(tokens, grid, size)).to("cpu"),
+        conditioning=backbone.condition([p.prompt for p in pairs], references, regions, classes).to("cpu"),
         prior_tokens=tokens,
-        detail=detail_field(win, size, window, masks.entropy_bins),
+        detail=detail_field(win, size, window, masks.entropy_bins, masks.entropy_kernel),
         token_grid=grid,
+        cover=_cover(backbone, pairs) if masks.pool == "subject" else (),
         quality=None if patches is None else _quality(patches, win, lose, size),
     )
+
+
+def _cover(backbone: Backbone, pairs: list[Pair]) -> tuple[torch.Tensor, ...]:
+    """`PreparedPairs.cover`. Raises DatasetError for a subject that no token of its reference would belong to."""
+    if not all(pair.reference_masks for pair in pairs):
+        return ()
+    found = []
+    for s in range(len(pairs[0].references)):
+        masks = torch.from_numpy(np.stack([p.reference_masks[s] for p in pairs])).float()
+        cover = F.avg_pool2d(masks, backbone.stride)
+        coarsest = prior_tokens(masks[:, None], [side // backbone.reference_multiple for side in masks.shape[-2:]])
+        for pair, count in zip(pairs, coarsest.sum((1, 2)), strict=True):
+            if count == 0:
+                raise DatasetError(
+                    f"pair {pair.id}: the mask of its {pair.subjects[s]} covers half of no token of its reference: "
+                    "leave the pair out, give a reference that shows the subject larger, or set masks.pool to all"
+                )
+        found.append(cover)
+    return tuple(found)
 
 
 @torch.no_grad()
@@ -175,6 +206,7 @@ def _join(parts: list[PreparedPairs]) -> PreparedPairs:
         prior_tokens=torch.cat([p.prior_tokens for p in parts]),
         detail=torch.cat([p.detail for p in parts]),
         token_grid=parts[0].token_grid,
+        cover=tuple(torch.cat(same) for same in zip(*(p.cover for p in parts), strict=True)),
         quality=None if parts[0].quality is None else torch.cat([p.quality for p in parts]),
     )
 
@@ -185,22 +217,32 @@ def _tensors(pairs: PreparedPairs) -> dict[str, torch.Tensor]:
         **{name: getattr(pairs, name) for name in ("win", "lose", "prior_tokens", "detail", "quality")},
         **{name: getattr(condition, name) for name in ("text", "pooled", "regions")},
         **{f"reference_{i}": reference for i, reference in enumerate(condition.references)},
+        **{f"cover_{i}": cover for i, cover in enumerate(pairs.cover)},
+        **{f"view_{name}_{i}": x for i, view in enumerate(condition.views) for name, x in view._asdict().items()},
     }
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def load(folder: Path) -> dict[int, PreparedPairs]:
     """Reads what `prepare_into` wrote. The tensors stay on disk, mapped into memory that all processes share."""
-    data = {}
-    for path in sorted(Path(folder).glob(FILE.format("*"))):
-        with safe_open(path, "pt") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-            facts = {name: json.loads(value) for name, value in file.metadata().items()}
-        references = tuple(found.pop(f"reference_{i}") for i in range(sum(n.startswith("reference_") for n in found)))
-        data[len(references)] = PreparedPairs(
-            ids=tuple(facts["ids"]),
-            token_grid=tuple(facts["token_grid"]),
-            conditioning=Conditioning(found.pop("text"), found.pop("pooled"), references, found.pop("regions", None)),
-            **found,
-        )
-    return data
+    return dict(_load(path) for path in sorted(Path(folder).glob(FILE.format("*"))))
+
+
+def _load(path: Path) -> tuple[int, PreparedPairs]:
+    with safe_open(path, "pt") as file:
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        facts = {name: json.loads(value) for name, value in file.metadata().items()}
+
+    def several(name: str) -> tuple[torch.Tensor, ...]:
+        return tuple(found.pop(f"{name}_{i}") for i in range(sum(n.startswith(f"{name}_") for n in found)))
+
+    references, cover = several("reference"), several("cover")
+    views = tuple(View(*parts) for parts in zip(*(several(f"view_{name}") for name in View._fields), strict=True))
+    text, pooled, regions = (found.pop(name, None) for name in ("text", "pooled", "regions"))
+    return len(references), PreparedPairs(
+        ids=tuple(facts["ids"]),
+        token_grid=tuple(facts["token_grid"]),
+        conditioning=Conditioning(text, pooled, references, regions, views),
+        cover=cover,
+        **found,
+    )
