@@ -1,11 +1,12 @@
 """Does Eq. 3 find the subject? Its scores graded against known masks: the toybox's, or those of any DIP dataset.
 
 The paper cannot say so of its model, since nobody knows the masks of its tokens; a DIP dataset's M_prior says it of
-ours. What is graded is a *reading*: the settings of `masks` (layers, features, pool, similarity, source).
+ours. What is graded is a *reading*: the settings of `masks` (layers, features, pool, similarity, reference_tokens).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby, product
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -13,10 +14,17 @@ from torch import Tensor
 
 from focusdpo_lib import params
 from focusdpo_lib.backbones import Backbone
-from focusdpo_lib.masks import CorrespondenceTap, confusion, hit_rate, matched
+from focusdpo_lib.masks import CorrespondenceTap, Focus, confusion, hit_rate, matched
 from focusdpo_lib.training import PreparedPairs, draw_view_noise, focus_masks, generator, new_tap, noised_views
 
-READING = ("features", "source", "pool", "similarity", "layers")  # columns that say which reading a row grades
+READING = (
+    "features",
+    "reference_tokens",
+    "pool",
+    "similarity",
+    "layers",
+)  # columns that say which reading a row grades
+TIE = 0.01  # of the hit rate; a standard error of a hundred pairs' mean is larger
 GRADES = ("hit", "chance", "other", "background", "auc")
 
 
@@ -51,11 +59,11 @@ def _area_under_roc(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 class _Several:
-    """Taps of one kind of features and source as one."""
+    """Taps of one kind of features and reference tokens as one."""
 
     def __init__(self, taps: Sequence[CorrespondenceTap]):
         self.taps = taps
-        self.features, self.source, self.samples = taps[0].features, taps[0].source, taps[0].samples
+        self.features, self.reference_tokens, self.samples = taps[0].features, taps[0].reference_tokens, taps[0].samples
 
     def __call__(self, *tokens, **facts) -> None:
         for tap in self.taps:
@@ -63,8 +71,10 @@ class _Several:
 
 
 def readings(backbone: Backbone, base: params.Masks, **choices: Sequence) -> list[params.Masks]:
-    """Every combination of `choices` (settings of masks and their values) that means something, for each single layer
-    and for all, and for FLUX's double-stream blocks: what `grade` compares."""
+    """What `grade` compares: every combination of `choices`, settings of masks and their values, that means something.
+
+    Each for every layer alone, for all, and for FLUX's double-stream blocks.
+    """
     total = len(backbone.attention_layers("all"))
     sets = ["all", *[[i] for i in range(total)]]
     if len(backbone.attention_layers("double")) < total:
@@ -72,10 +82,30 @@ def readings(backbone: Backbone, base: params.Masks, **choices: Sequence) -> lis
     found = []
     for values in product(*choices.values()):
         changed = dict(zip(choices, values, strict=True))
-        if changed.get("source") == "image_keys" and (changed["pool"], changed["features"]) != ("all", "query_key"):
+        if changed.get("reference_tokens") == "image_keys" and (changed["pool"], changed["features"]) != (
+            "all",
+            "query_key",
+        ):
             continue
         found += [params.Masks.model_validate(base.model_dump() | changed | {"layers": layers}) for layers in sets]
     return found
+
+
+class Look(NamedTuple):
+    """What one pass over N pairs shows: x_t (N, C, h, w), S (N, S, P_t) and the masks."""
+
+    noised: Tensor
+    scores: Tensor
+    focus: Focus
+
+
+@torch.no_grad()
+def look(backbone: Backbone, pairs: PreparedPairs, t: float, settings: params.Masks, seed: int = 0) -> Look:
+    """ComputeMasks of Algorithm 1 with its steps 2 and 3: noise the winners, run the model once, derive the masks."""
+    rows = torch.arange(len(pairs))
+    tap = new_tap(backbone, settings, pairs, rows)
+    noised = _watch(backbone, pairs, rows, t, tap, *_noise(pairs, seed))
+    return Look(noised, tap.result(), focus_masks(backbone, tap, pairs, rows, settings))
 
 
 @torch.no_grad()
@@ -94,39 +124,59 @@ def grade(
     """
     rows = []
     for count, pairs in data.items():
-        source = generator(seed, 0)
-        noise = torch.randn(pairs.win.shape, generator=source)
-        views = draw_view_noise(pairs.conditioning, len(pairs), source)
-        for t in times:
-            for part in torch.arange(len(pairs)).split(batch):
-                for reading, tap in _looks(backbone, pairs, part, readings, noise, views, t):
+        drawn = _noise(pairs, seed)
+        for t, part in product(times, torch.arange(len(pairs)).split(batch)):
+            for _, group in groupby(sorted(readings, key=_pass), _pass):
+                together = list(group)
+                taps = [new_tap(backbone, reading, pairs, part) for reading in together]
+                _watch(backbone, pairs, part, t, _Several(taps), *drawn)
+                for reading, tap in zip(together, taps, strict=True):
                     rows.append(_row(backbone, pairs, part, reading, tap) | {"references": count, "t": t})
-    of_parts, by = pd.DataFrame(rows), [*READING, "references", "t"]
-    weights = of_parts.pop("subjects")
-    means = [name for name in of_parts if name not in by]
-    summed = of_parts.assign(**{name: of_parts[name] * weights for name in means}, subjects=weights)
-    summed = summed.groupby(by, sort=False)[[*means, "subjects"]].sum()
-    return summed[means].div(summed["subjects"], axis=0).join(summed["subjects"]).reset_index()
+    table, by = pd.DataFrame(rows), [*READING, "references", "t"]
+    means = table.columns.difference([*by, "subjects"], sort=False)
+    table[means] = table[means].mul(table["subjects"], axis=0)  # parts of a batch's size and the last count by size
+    table = table.groupby(by, sort=False).sum()
+    return table[means].div(table["subjects"], axis=0).join(table["subjects"]).reset_index()
 
 
-def _looks(backbone, pairs, rows, readings, noise, views, t) -> Iterator[tuple[params.Masks, CorrespondenceTap]]:
-    """Every reading with the tap that watched it: one pass for each kind of features and source."""
+def recommended(table: pd.DataFrame) -> dict[str, str | list[int]]:
+    """The settings of `masks` with the highest hit rate, the mean over times and numbers of references.
 
-    def kind(reading: params.Masks) -> tuple[str, str]:
-        return reading.features, reading.source
+    Of readings that are nearly as good (TIE) one of more layers goes before one of less, as the paper has the mean over
+    all: a single layer may only have been lucky with these pairs.
+    """
+    hits = table.groupby(list(READING), sort=False)["hit"].mean().reset_index()
+    good = hits[hits["hit"] >= hits["hit"].max() - TIE]
+    reach = good["layers"].map(lambda layers: {"all": 2, "double": 1}.get(layers, 0))
+    best = good[reach == reach.max()].sort_values("hit").iloc[-1]
+    found = {name: best[name] for name in READING}
+    if found["layers"] not in ("double", "all"):
+        found["layers"] = [int(layer) for layer in found["layers"].split("+")]
+    return found
 
-    times = torch.full((len(rows),), t, device=backbone.device)
+
+def _pass(reading: params.Masks) -> tuple[str, str]:
+    """What needs a pass of its own."""
+    return reading.features, reading.reference_tokens
+
+
+def _noise(pairs: PreparedPairs, seed: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Noise for the winners, and for the views of their references."""
+    source = generator(seed, 0)
+    return torch.randn(pairs.win.shape, generator=source), draw_view_noise(pairs.conditioning, len(pairs), source)
+
+
+def _watch(backbone: Backbone, pairs: PreparedPairs, rows: Tensor, t: float, tap, noise, view_noise) -> Tensor:
+    """Runs the model on the winners of some rows at t, with a tap; returns x_t."""
+    times = torch.full((len(rows),), float(t), device=backbone.device)
     condition = pairs.conditioning[rows].to(backbone.device)
-    condition = noised_views(backbone, condition, [n[rows] for n in views], times)
+    condition = noised_views(backbone, condition, [n[rows] for n in view_noise], times)
     noised = backbone.noised(pairs.win[rows].to(backbone.device), noise[rows].to(backbone.device), times)
-    for _, group in groupby(sorted(readings, key=kind), kind):
-        together = list(group)
-        taps = [new_tap(backbone, reading, pairs, rows) for reading in together]
-        backbone.predict(noised, times, condition, taps=_Several(taps))
-        yield from zip(together, taps, strict=True)
+    backbone.predict(noised, times, condition, taps=tap)
+    return noised
 
 
-def _row(backbone, pairs: PreparedPairs, rows: Tensor, reading: params.Masks, tap: CorrespondenceTap) -> dict:
+def _row(backbone: Backbone, pairs: PreparedPairs, rows: Tensor, reading: params.Masks, tap: CorrespondenceTap) -> dict:
     """The means of one reading over the subjects of some pairs."""
     prior = pairs.prior_tokens[rows].to(backbone.device)
     grades = {name: value.mean().item() for name, value in scores_against(tap.result(), prior).items()}

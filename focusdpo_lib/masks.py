@@ -96,7 +96,7 @@ class CorrespondenceTap:
              layer's call carries its own `grid`
     cover    of each subject's reference the share of every cell that the subject covers, (B, h, w) of `samples`, on a
              grid that every layer's tokens divide; None pools all of a reference's tokens (R20)
-    source   whose reference tokens are meant, where the backbone has several (R7)
+    reference_tokens  which are meant, where the backbone has several (R7)
     """
 
     def __init__(
@@ -107,13 +107,13 @@ class CorrespondenceTap:
         grid=None,
         features="block_output",
         cover: Sequence[Tensor] | None = None,
-        source="network",
+        reference_tokens="own",
     ):
         if isinstance(layers, str) and layers != "all":
             raise ValueError(f'layers must be "all" or a collection of layer indices; got {layers!r}')
         self.layers = layers if layers == "all" else frozenset(layers)
         self.similarity, self.samples, self.grid, self.features = similarity, samples, grid, features
-        self.cover, self.source = cover, source
+        self.cover, self.reference_tokens = cover, reference_tokens
         self.mean, self.seen, self.closed = None, set(), False
 
     @torch.no_grad()

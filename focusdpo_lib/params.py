@@ -87,7 +87,7 @@ class Masks(Section):
     layers: Literal["double", "all"] | list[int] = "double"  # R2
     features: Literal["block_output", "query", "query_key"] = "block_output"  # R3
     pool: Literal["subject", "all"] = "subject"  # R20; all needs no reference_masks
-    source: Literal["network", "image_keys"] = "network"  # R7, of a U-Net: the reference through the network itself
+    reference_tokens: Literal["own", "image_keys"] = "own"  # R7, of a U-Net: own are those that it has of a reference
     network: Literal["reference", "policy"] = "reference"  # R4
     multi_subject: Literal["per_subject", "union"] = "per_subject"  # R6
     entropy_window: int | None = Field(None, ge=1)  # R8: pixels, odd; none: 2 · (VAE stride) + 1
@@ -104,10 +104,10 @@ class Masks(Section):
 
     @model_validator(mode="after")
     def _image_keys_have_no_place(self):
-        if self.source == "image_keys" and (self.pool, self.features) != ("all", "query_key"):
+        if self.reference_tokens == "image_keys" and (self.pool, self.features) != ("all", "query_key"):
             raise ValueError(
-                "source image_keys compares with keys of image tokens, which lie nowhere in the reference: set pool to "
-                "all and features to query_key, or source to network"
+                "reference_tokens image_keys are keys of image tokens, which lie nowhere in it: set pool to all "
+                "and features to query_key, or reference_tokens to own"
             )
         return self
 

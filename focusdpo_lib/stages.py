@@ -33,7 +33,13 @@ from focusdpo_lib.training.memory import MemoryAdvice
 from focusdpo_lib.training.pairs import load, prepare_into
 
 SCORES = "scores.parquet"
-PREPARED_BY = ("entropy_window", "entropy_bins", "entropy_kernel", "pool", "source")  # of masks, before any step
+PREPARED_BY = (
+    "entropy_window",
+    "entropy_bins",
+    "entropy_kernel",
+    "pool",
+    "reference_tokens",
+)  # of masks, before any step
 
 
 def load_encoders(settings: params.Evaluation) -> Encoders:

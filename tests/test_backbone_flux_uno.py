@@ -237,7 +237,7 @@ def test_bfloat16_is_mixed_precision_with_float32_results(backbone, tiny_flux):
 
 
 class Recorder:
-    source = "network"
+    reference_tokens = "own"
 
     def __init__(self, features):
         self.features, self.seen = features, {}
@@ -300,7 +300,7 @@ def test_taps_change_nothing_and_are_gone_after_a_pass_that_failed(backbone):
     def fails(*arguments):
         raise KeyError("tap")
 
-    fails.features, fails.source = "query_key", "network"
+    fails.features, fails.reference_tokens = "query_key", "own"
     with torch.no_grad():
         plain = backbone.predict(latents, t, condition)
         with pytest.raises(KeyError):

@@ -171,8 +171,8 @@ def test_with_masks_training_binds_references_to_the_winner_s_subjects_and_taps_
 class Recorder:
     samples = slice(None)
 
-    def __init__(self, features="query_key", source="image_keys"):
-        self.features, self.source, self.seen = features, source, {}
+    def __init__(self, features="query_key", reference_tokens="image_keys"):
+        self.features, self.reference_tokens, self.seen = features, reference_tokens, {}
 
     def __call__(self, layer, target, references, grid):
         assert layer not in self.seen
@@ -206,7 +206,7 @@ TAPPED = {  # feature: (module of a block that makes the target's tokens, and a 
 @torch.no_grad()
 @pytest.mark.parametrize("features", TAPPED)
 def test_the_network_looks_at_each_reference_alone_with_its_class_as_prompt_and_its_own_tokens(folder, features):
-    """R7, network: expected tokens by hooks of our own on the plain pipeline's U-Net, one reference at a time."""
+    """R7, own: expected tokens by hooks of our own on the plain pipeline's U-Net, one reference at a time."""
     backbone, plain = load_tiny_sdxl(folder, precision="float32"), plain_pipeline(folder)
     latents, t, _ = sample(backbone)
     words = [["cat", "mug"], ["duck", "car"]]
@@ -235,7 +235,7 @@ def test_the_network_looks_at_each_reference_alone_with_its_class_as_prompt_and_
         plain.unet(noised, steps, text, added_cond_kwargs=added)
         for hook in hooks:
             hook.remove()
-    condition, tap = replace(condition, views=tuple(views)), Recorder(features, "network")
+    condition, tap = replace(condition, views=tuple(views)), Recorder(features, "own")
     own = backbone.blocks[2].get_submodule(of_target) if of_target else backbone.blocks[2]
     targets = []
     hook = own.register_forward_hook(lambda _, __, out: targets.append(out))
@@ -256,7 +256,7 @@ def test_the_network_looks_at_each_reference_alone_with_its_class_as_prompt_and_
 def test_only_the_samples_that_are_looked_at_go_through_the_network_again(backbone):
     latents, t, _ = sample(backbone)
     condition = backbone.condition(PROMPTS, references(1), classes=[["cat", "mug"]])
-    whole, half = Recorder("query", "network"), Recorder("query", "network")
+    whole, half = Recorder("query", "own"), Recorder("query", "own")
     half.samples = slice(0, 1)
     for tap in (whole, half):
         backbone.predict(latents, t, condition, taps=tap)
@@ -267,7 +267,7 @@ def test_only_the_samples_that_are_looked_at_go_through_the_network_again(backbo
 
 def test_a_conditioning_without_views_is_named(backbone):
     with pytest.raises(ValueError, match="no views of its references: call `condition` with `classes`"):
-        backbone.predict(*sample(backbone), taps=Recorder("query", "network"))
+        backbone.predict(*sample(backbone), taps=Recorder("query", "own"))
 
 
 @torch.no_grad()

@@ -88,8 +88,8 @@ def test_a_single_layer_is_named_by_its_number_and_impossible_readings_are_left_
     choices = {
         "features": ["query", "query_key"],
         "pool": ["subject", "all"],
-        "source": ["network", "image_keys"],
+        "reference_tokens": ["own", "image_keys"],
     }
     found = grade.readings(backbones["sdxl_ip"], params.Masks(), **choices)
-    keys = [(r.features, r.pool) for r in found if r.source == "image_keys"]
+    keys = [(r.features, r.pool) for r in found if r.reference_tokens == "image_keys"]
     assert set(keys) == {("query_key", "all")}

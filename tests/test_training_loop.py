@@ -134,7 +134,7 @@ def test_focusdpo_with_a_focus_of_ones_takes_dpo_s_step_to_the_bit(prepared, pol
 
 
 class Recorder:
-    source = "network"
+    reference_tokens = "own"
 
     def __init__(self, features, winners):
         self.features, self.winners, self.target, self.references = features, winners, [], []

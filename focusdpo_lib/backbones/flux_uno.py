@@ -189,10 +189,8 @@ class FluxUno(Family):
     @contextmanager
     def _tapped(self, taps, text_tokens: int, lengths: list[int]):
         """Calls `taps` with the target and reference tokens of each block while the transformer runs."""
-        if taps is not None and taps.source != "network":
-            raise ValueError(
-                "masks.source image_keys is a reading of the U-Net: FLUX has reference tokens, set network"
-            )
+        if taps is not None and taps.reference_tokens != "own":
+            raise ValueError("masks.reference_tokens image_keys is a reading of the U-Net: set own")
         handles = []
         blocks = (*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks)
         for layer, block in enumerate(blocks if taps is not None else ()):

@@ -52,7 +52,7 @@ class Backbone(Protocol):
     ) -> torch.Tensor:
         """The network's prediction at x_t, float32; `taps(layer, target, references, grid)` sees tokens on the way.
 
-        With taps whose `source` is "network" the conditioning's views, if it has any, are noised as the target is.
+        With taps whose `reference_tokens` are "own", the conditioning's views, if any, are noised as the target is.
         """
 
     def sample(

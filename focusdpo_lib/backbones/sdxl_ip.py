@@ -225,12 +225,12 @@ class SdxlIp(Family):
         """ε at x_t (B, C, H, W) and t (B,) in (0, 1], as float32 (B, C, H, W).
 
         `taps(layer, target_tokens, reference_tokens, grid)` is called in every transformer block with tokens of the
-        target (B, P, d) and each reference's. By `taps.source` (R7) those are the reference's own, (B, P_r, d) from a
+        target (B, P, d) and each reference's. By `taps.reference_tokens` (R7) those are its own, (B, P_r, d) from a
         pass before this one (see `_look_at_references`), or the keys of its image tokens, (B, 16, d), heads side by
         side. With another guidance than 1 the result is ε_u + guidance · (ε_c − ε_u), u being `unconditional`.
         """
         seen = None
-        if taps is not None and taps.source == "network":
+        if taps is not None and taps.reference_tokens == "own":
             seen = self._look_at_references(taps, t, conditioning)
         with self._tapped(taps, seen, noised.shape[-2:], len(conditioning.references)):
             epsilon = self._epsilon(noised, self._steps(t), conditioning)

@@ -15,7 +15,7 @@ from focusdpo_lib.toybox.batches import ABSENT, VALUES, slot_labels
 class MiddleTokens:
     """A tap (see `FluxUno.predict`) that keeps one layer's tokens: target (B, P_t, d), each reference's (B, P_r, d)."""
 
-    features, source = "block_output", "network"
+    features, reference_tokens = "block_output", "own"
 
     def __init__(self, layer: int):
         self.layer = layer

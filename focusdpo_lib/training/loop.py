@@ -147,7 +147,7 @@ def new_tap(backbone: Backbone, settings: params.Masks, pairs: PreparedPairs, ro
         cover = [cover[rows].to(backbone.device) for cover in pairs.cover]
     winners = slice(0, len(rows))
     return CorrespondenceTap(
-        layers, settings.similarity, winners, pairs.token_grid, settings.features, cover, settings.source
+        layers, settings.similarity, winners, pairs.token_grid, settings.features, cover, settings.reference_tokens
     )
 
 

@@ -153,7 +153,7 @@ def _prepare(backbone: Backbone, pairs: list[Pair], masks: params.Masks, patches
             )
     window = masks.entropy_window or 2 * backbone.stride + 1
     references = [pixels([p.references[s] for p in pairs]) for s in range(len(pairs[0].references))]
-    looked_at = masks.source == "network"  # by the network itself, in a pass of their own
+    looked_at = masks.reference_tokens == "own"  # by the network itself, in a pass of their own
     classes = [[p.subjects[s] for p in pairs] for s in range(len(references))] if looked_at else []
     regions = to_grid(tokens, grid, size)
     return PreparedPairs(
