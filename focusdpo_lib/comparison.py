@@ -52,6 +52,18 @@ def adapters(results: Path, families: Mapping[str, params.FamilyRows]) -> tuple[
     return found, missing
 
 
+def trained(found: Mapping[str, Sequence[Path]]) -> dict[str, dict[str, str]]:
+    """How the adapters of every row were trained, for `tables.table`: rate, β, reduction and steps, as set."""
+    rows = {}
+    for row, folders in found.items():
+        settings = _params(folders[0])
+        objective, training = settings["objective"], settings["training"]
+        rows[row] = {"learning rate": f"{training['learning_rate']:g}", "steps": f"{training['steps']}"}
+        if objective["name"] in ("dpo", "focusdpo"):
+            rows[row] |= {"β": f"{objective['beta']:g}", "reduction": objective["reduction"]}
+    return rows
+
+
 def _check_family(folder: Path, row: str, expected: str) -> None:
     """ParameterError for a training run on another family's backbone, whose row would bear the wrong name."""
     if (trained := _params(folder)["backbone"]["family"]) != expected:

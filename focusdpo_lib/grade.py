@@ -92,7 +92,7 @@ def readings(backbone: Backbone, base: params.Masks, **choices: Sequence) -> lis
 
 
 class Look(NamedTuple):
-    """What one pass over N pairs shows: x_t (N, C, h, w), S (N, S, P_t) and the masks."""
+    """What one pass over N pairs shows, on the CPU: x_t (N, C, h, w), S (N, S, P_t) and the masks."""
 
     noised: Tensor
     scores: Tensor
@@ -105,7 +105,8 @@ def look(backbone: Backbone, pairs: PreparedPairs, t: float, settings: params.Ma
     rows = torch.arange(len(pairs))
     tap = new_tap(backbone, settings, pairs, rows)
     noised = _watch(backbone, pairs, rows, t, tap, *_noise(pairs, seed))
-    return Look(noised, tap.result(), focus_masks(backbone, tap, pairs, rows, settings))
+    focus = focus_masks(backbone, tap, pairs, rows, settings)
+    return Look(noised.cpu(), tap.result().cpu(), Focus(*(field.cpu() for field in focus)))
 
 
 @torch.no_grad()

@@ -110,11 +110,11 @@ def test_a_family_is_sampled_from_its_own_base(ran):
 def test_a_reference_holds_tables_figures_pages_and_what_they_cost(ran, smoke, tmp_path):
     jobs = reproduce.plan(smoke, ran[0], BOOKS)
     (tmp_path / "reference" / "table1").mkdir(parents=True)
-    for old in ("README.md", "table1/old.png", "timesteps_old.png"):
+    for old in ("README.md", "table1/old.png", "movement_old.png"):
         (tmp_path / "reference" / old).write_text("by hand")
     kept = reproduce.keep_reference(ran[0], tmp_path / "reference", jobs)
     assert (kept / "README.md").read_text() == "by hand"
-    assert not (kept / "table1" / "old.png").exists() and not (kept / "timesteps_old.png").exists()
+    assert not (kept / "table1" / "old.png").exists() and not (kept / "movement_old.png").exists()
     assert (kept / "table1" / "table.md").read_text() == (ran[0] / "tables" / "table1" / "table.md").read_text()
     assert (kept / "table2" / "leakage.png").exists() and (kept / "notebooks" / "05_table2.html").exists()
     trainings = {page.name for page in (kept / "notebooks").glob("03_*")}
@@ -338,6 +338,9 @@ def test_a_search_goes_on_with_what_is_complete(searched):
          "differ in their budget"),
         ({"sft": {"learning_rate": [1e-4], "beta": [1.0], "steps": [2]}}, "objectives.sft .* needs a list each"),
         ({"sft": {"learning_rate": ["1e-4"], "steps": [2]}}, "training.learning_rate = '1e-4'"),
+        ({"dpo": {"learning_rate": [1e-4], "beta": [1.0], "steps": [2], "reduction": ["median"]}},
+         "objective.reduction = 'median'"),
+        ({"sft": {"learning_rate": [1e-4], "steps": [2], "reduction": ["mean"]}}, "objectives.sft .* needs a list"),
         ({"simpo": {"learning_rate": [1e-4], "steps": [2]}}, "objective.name = 'simpo'"),
         (None, "needs 'objectives'"),
     ],
@@ -346,6 +349,17 @@ def test_a_search_that_is_not_fair_or_not_typed_is_refused(objectives, says, tmp
     (tmp_path / "search.yaml").write_text(yaml.safe_dump({"objectives": objectives}))
     with pytest.raises(ParameterError, match=says):
         search.read(tmp_path / "search.yaml")
+
+
+def test_a_trial_of_another_reduction_is_another_run(tmp_path):
+    grid = {"learning_rate": [1e-4], "beta": [30.0], "steps": [2], "reduction": ["mean", "masked_mean"]}
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump({"objectives": {"focusdpo": grid}}))
+    first, second = search.read(tmp_path / "search.yaml").trials
+    assert (first.name, second.name) == (
+        "focusdpo-lr0.0001-beta30-steps2",
+        "focusdpo-lr0.0001-beta30-masked_mean-steps2",
+    )
+    assert second.settings == {"name": "focusdpo", "beta": 30.0, "reduction": "masked_mean"}
 
 
 @pytest.mark.parametrize("kinds", ["single", [], ["single", "triple"]])

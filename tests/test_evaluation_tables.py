@@ -176,6 +176,29 @@ def two_families(**changes) -> dict:
     }
 
 
+def test_focusdpo_s_difference_from_its_own_family_s_dpo_and_how_rows_were_trained():
+    rows = two_families() | {
+        "uno_focusdpo": single([0.75, 0.85, 0.95]),  # 0.05 above DPO on every subject
+        "ipap_focusdpo": single([0.31, 0.39, 0.5], generation=GUIDED),  # as good as DPO in the mean
+    }
+    how = {"uno_focusdpo": {"learning rate": "0.0001", "β": "300"}, "uno_dpo": {"learning rate": "0.0003"}}
+    result = tables.table(rows, SETTINGS, how)
+    found = result.set_index("row")[["from_dpo", "from_dpo_low", "from_dpo_high"]].dropna()
+    assert list(found.index) == ["UNO+FocusDPO", "IPAP+FocusDPO"]
+    assert found.loc["UNO+FocusDPO"].tolist() == pytest.approx([0.05] * 3)
+    assert found.loc["IPAP+FocusDPO", "from_dpo"] == pytest.approx(0)
+    for form in (tables.text, tables.markdown, tables.html):
+        page = form(result)
+        assert "Paired difference of FocusDPO from DPO, same subjects (95 % interval)" in page
+        third = page.split("Paired difference of FocusDPO from DPO")[1].split("How the rows were trained")
+        assert "+0.050 [+0.050, +0.050]" in third[0] and "not distinguishable" in third[0]
+        trained = third[1].split(published.HEADING)[0]
+        assert "UNO+FocusDPO" in trained and "300" in trained and "learning rate" in trained
+        assert "–" in trained.split("UNO+DPO")[1]  # nothing is said of its β
+    without = tables.text(tables.table(two_families(), SETTINGS))
+    assert "from DPO" not in without and "were trained" not in without
+
+
 def test_a_difference_is_from_the_row_s_own_base():
     result = tables.table(two_families(), SETTINGS).set_index("row")
     assert list(result.index) == ["copy of the reference", "UNO", "UNO+DPO", "IPAP", "IPAP+DPO"]

@@ -55,6 +55,11 @@ def test_the_notebooks_leave_complete_runs_with_their_figures_and_numbers(ran):
     assert runs.is_complete(ran / "dip" / "pairs") and runs.is_complete(ran / "masks" / "default")
     kept = {path.name for path in (ran / "masks" / "default").iterdir()}
     assert {"by_hand.png", "entropy.png", "timesteps_two_subjects.png", "switches.png", "coverage.png"} <= kept
+    assert {"movement.png", "movement_ipap.png", "grade_uno.png", "grade_ipap.png"} <= kept
+    for family in ("uno", "ipap"):
+        graded = pd.read_csv(ran / "masks" / "default" / f"grade_{family}.csv")
+        assert np.allclose(graded[["hit", "other", "background"]].sum(axis=1), 1, atol=2e-4)
+        assert set(graded["t"]) == {0.2, 0.8} and set(graded["references"]) == {1, 2}
     coverage = pd.read_csv(ran / "masks" / "default" / "coverage.csv")
     assert set(coverage["subjects"]) == {1, 2} and coverage["coverage"].between(0, 1).all()
     assert ((coverage["coverage"] > 0.1) == (coverage["branch"] == "structure")).all()  # Eq. 9, τ = 0.1

@@ -27,6 +27,7 @@ from focusdpo_lib.params import ParameterError
 COSTS = "reproduce.yaml"  # beside the profile's params: what a run costs, as measured
 TRAINING = "03"
 TABLES = ("table1", "table2")
+MOVEMENT = "movement*.png"  # figures of notebook 02 that the README shows
 TOOK = "run.md"  # machine, time and memory of a kept run
 
 
@@ -229,13 +230,15 @@ def shown(tables: Mapping[str, Path]) -> str:
 
 
 def keep_reference(results: Path, reference: Path, jobs: Sequence[Job]) -> Path:
-    """Copies what complete jobs show to `reference`, in place of what an older run showed: tables and their figures,
-    the mask galleries, executed notebooks as HTML (of a family's trainings one, whose curves show all), and run.md with
-    machine, time and memory. Whatever else lies there stays."""
+    """Copies what complete jobs show to `reference`, in place of what an older run showed.
+
+    Tables and their figures, the movement of the masks, executed notebooks as HTML (of a family's trainings one, whose
+    curves show all), and run.md with machine, time and memory. Whatever else lies there stays.
+    """
     firsts = [job for job in jobs if job.name.startswith(TRAINING) and job.name.endswith("-seed0")]
     last = {family(_row(job.params)): job.name for job in firsts}  # jobs stand in the order of the tables' rows
     with runs.atomic(reference) as kept:
-        others = shutil.ignore_patterns(*TABLES, "notebooks", "timesteps_*.png", TOOK)
+        others = shutil.ignore_patterns(*TABLES, "notebooks", MOVEMENT, TOOK)
         shutil.copytree(reference, kept, ignore=others) if reference.is_dir() else kept.mkdir()
         for name, folder in tables(results, jobs).items():
             shutil.copytree(folder, kept / name)
@@ -243,7 +246,7 @@ def keep_reference(results: Path, reference: Path, jobs: Sequence[Job]) -> Path:
         for job in jobs:
             if job.name in last.values() or not job.name.startswith(TRAINING):
                 shutil.copy(job.folder / f"{job.name}.html", kept / "notebooks")
-        for gallery in results.glob("masks/*/timesteps_*.png"):
+        for gallery in results.glob(f"masks/*/{MOVEMENT}"):
             shutil.copy(gallery, kept)
         (kept / TOOK).write_text(_what_it_took([job.folder for job in jobs]), encoding="utf-8")
     return reference

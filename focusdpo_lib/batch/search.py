@@ -1,4 +1,4 @@
-"""The equal-budget search: learning rate, β and steps of every objective, chosen on the validation identities.
+"""The equal-budget search: rate, β, reduction and steps of every objective, chosen on the validation identities.
 
     python -m focusdpo_lib.batch.search --profile toybox                            # UNO
     python -m focusdpo_lib.batch.search --profile toybox --file search_ipap.yaml    # IPAP
@@ -36,17 +36,25 @@ REPORTED = (*CHOSEN_BY, "clip_t", "leakage")
 
 @dataclass(frozen=True)
 class Trial:
-    """One setting of one objective; `beta` is None for objectives that have none."""
+    """One setting of one objective; `beta` and `reduction` are None for objectives that have none."""
 
     objective: str
     learning_rate: float
     steps: int
     beta: float | None = None
+    reduction: str | None = None
 
     @property
     def name(self) -> str:
         beta = "" if self.beta is None else f"-beta{self.beta:g}"
-        return f"{self.objective}-lr{self.learning_rate:g}{beta}-steps{self.steps}"
+        reduction = "" if self.reduction in (None, "mean") else f"-{self.reduction}"
+        return f"{self.objective}-lr{self.learning_rate:g}{beta}{reduction}-steps{self.steps}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those of the section `objective`."""
+        chosen = {"beta": self.beta, "reduction": self.reduction}
+        return {"name": self.objective} | {name: value for name, value in chosen.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -83,13 +91,16 @@ def _grid(objective: str, grid: Any, path: str | Path) -> Iterator[Trial]:
     """The product of a grid's lists, each trial checked as the sections check it."""
     pairwise = objective in ("dpo", "focusdpo")
     keys = ("learning_rate", "beta", "steps") if pairwise else ("learning_rate", "steps")
+    if pairwise and isinstance(grid, dict) and "reduction" in grid:
+        keys = (*keys, "reduction")
     if not isinstance(grid, dict) or set(grid) != set(keys) or not all(isinstance(v, list) for v in grid.values()):
         raise ParameterError(f"objectives.{objective} in {path} needs a list each for {', '.join(keys)}: correct it")
     for values in itertools.product(*(grid[key] for key in keys)):
         chosen = dict(zip(keys, values, strict=True))
         params.section("training", {k: chosen[k] for k in ("learning_rate", "steps")}, str(path))
-        params.section("objective", {"name": objective, **({"beta": chosen["beta"]} if pairwise else {})}, str(path))
-        yield Trial(objective, **chosen)
+        trial = Trial(objective, **chosen)
+        params.section("objective", trial.settings, str(path))
+        yield trial
 
 
 def measure(
@@ -113,9 +124,8 @@ def measure(
 
 def _train(use: Mapping[str, Any], results: Path, trial: Trial) -> Path:
     pairs = stages.build_pairs(results, "main", use["dip"])
-    objective = {"name": trial.objective} | ({} if trial.beta is None else {"beta": trial.beta})
     training = use["training"].model_copy(update={"learning_rate": trial.learning_rate, "steps": trial.steps})
-    typed = params.section("objective", objective)
+    typed = params.section("objective", trial.settings)
     return stages.train_adapter(results, trial.name, pairs, use["backbone"], typed, use["masks"], training)
 
 
@@ -152,7 +162,7 @@ def table_path(path: Path) -> Path:
 
 def _write(rows: pd.DataFrame, path: Path, keep: bool) -> None:
     """Writes the table; `keep`: rows of other trials that are there already stay."""
-    key = ["objective", "learning_rate", "steps", "beta"]
+    key = ["objective", "learning_rate", "steps", "beta", "reduction"]
     rows = rows.reindex(columns=[*key, *rows.columns.drop(key, errors="ignore")])  # the base alone has none of them
     if keep and path.exists():
         rows = pd.concat([rows, pd.read_csv(path)]).drop_duplicates(key)

@@ -33,12 +33,18 @@ class ProtocolError(ValueError):
     """Runs that were measured differently were asked into one table; the message says which setting differs."""
 
 
-def table(rows: Mapping[str, pd.DataFrame | list[pd.DataFrame]], settings: Evaluation) -> pd.DataFrame:
-    """Long table: row, column, value, low, high, difference, difference_low, difference_high, units, family, seeds.
+def table(
+    rows: Mapping[str, pd.DataFrame | list[pd.DataFrame]],
+    settings: Evaluation,
+    trained: Mapping[str, Mapping[str, str]] | None = None,
+) -> pd.DataFrame:
+    """Long table: row, column, value, difference and from_dpo (each with low and high), units, family, seeds.
 
     A row is one table of scores, or a list of them, one a training seed. The difference is from the row of its family's
-    base ("UNO" of "UNO+SFT"); anchors and bases have none. Raises ProtocolError if two rows were measured under
-    different protocols; how images are sampled may differ between families, not within one.
+    base ("UNO" of "UNO+SFT"); anchors and bases have none. FocusDPO's rows also have that from their family's DPO,
+    which is what the paper claims. `trained` says of rows how they were trained, {setting: value}. Raises ProtocolError
+    if two rows were measured under different protocols; how images are sampled may differ between families, not within
+    one.
     """
     runs = {name: scores if isinstance(scores, list) else [scores] for name, scores in rows.items()}
     protocol = check_protocol(runs)
@@ -49,10 +55,12 @@ def table(rows: Mapping[str, pd.DataFrame | list[pd.DataFrame]], settings: Evalu
         tables = {n: statistics.units(runs[n], metric, settings.average, subjects) for n in having}
         for name, values in tables.items():
             base = None if name == family(name) else tables.get(family(name))
+            dpo = tables.get(f"{family(name)}_dpo") if name == f"{family(name)}_focusdpo" else None
             about = {"family": FAMILIES.get(family(name), ""), "seeds": len(runs[name])}
-            lines.append(_line(name, column, values, base, settings) | about)
+            lines.append(_line(name, column, values, {"difference": base, "from_dpo": dpo}, settings) | about)
     result = pd.DataFrame(lines)
     result.attrs |= {"protocol": protocol, "bootstrap": settings.bootstrap}
+    result.attrs["trained"] = {ROWS[name]: dict(how) for name, how in (trained or {}).items()}
     return result
 
 
@@ -83,10 +91,13 @@ def wide(result: pd.DataFrame) -> pd.DataFrame:
     return _pivot(result, cells)
 
 
-def differences(result: pd.DataFrame) -> pd.DataFrame:
-    """Paired differences from each row's own base in that layout; "not distinguishable" where the interval holds 0."""
-    kept = result[result["difference"].notna()]
-    columns = ["difference", "difference_low", "difference_high"]
+def differences(result: pd.DataFrame, of: str = "difference") -> pd.DataFrame:
+    """Paired differences from each row's own base in that layout; "not distinguishable" where the interval holds 0.
+
+    With "from_dpo" those of FocusDPO from DPO.
+    """
+    kept = result[result[of].notna()]
+    columns = [of, f"{of}_low", f"{of}_high"]
     estimates = [statistics.Estimate(*row) for row in kept[columns].itertuples(index=False)]
     return _pivot(kept, [NOT_DISTINGUISHABLE if e.contains_zero else _signed(e) for e in estimates])
 
@@ -136,6 +147,11 @@ def _document(result: pd.DataFrame, grid: Callable, heading: Callable, paragraph
     if result["difference"].notna().any():
         title = f"Paired difference from {_bases(result)}, same subjects (95 % interval)"
         parts += [heading(title), grid(differences(result))]
+    if result["from_dpo"].notna().any():
+        title = "Paired difference of FocusDPO from DPO, same subjects (95 % interval)"
+        parts += [heading(title), grid(differences(result, "from_dpo"))]
+    if trained := result.attrs["trained"]:
+        parts += [heading("How the rows were trained"), grid(pd.DataFrame(trained).T.fillna(ABSENT))]
     parts += [heading(HEADING), grid(published(of).map("{:.3f}".format)), *map(paragraph, NOTES[of])]
     return "\n\n".join(parts) + "\n"
 
@@ -195,19 +211,17 @@ def kind(protocol: dict) -> str:
     return protocol["benchmark"].split()[0]
 
 
-def _line(name: str, column: str, values: pd.DataFrame, base: pd.DataFrame | None, settings: Evaluation) -> dict:
+def _line(
+    name: str, column: str, values: pd.DataFrame, others: Mapping[str, pd.DataFrame | None], settings: Evaluation
+) -> dict:
+    """A row's value in a column, and its paired differences from `others`, by name."""
     drawn = statistics.resamples(len(values), settings.bootstrap, settings.seed)
-    unpaired = statistics.Estimate(math.nan, math.nan, math.nan)
-    paired = unpaired if base is None else statistics.difference(values, base, drawn)
-    return {
-        "row": ROWS.get(name, name),
-        "column": column,
-        **statistics.estimate(values, drawn)._asdict(),
-        "difference": paired.value,
-        "difference_low": paired.low,
-        "difference_high": paired.high,
-        "units": len(values),
-    }
+    line = {"row": ROWS.get(name, name), "column": column, **statistics.estimate(values, drawn)._asdict()}
+    for of, other in others.items():
+        unpaired = statistics.Estimate(math.nan, math.nan, math.nan)
+        paired = unpaired if other is None else statistics.difference(values, other, drawn)
+        line |= {of: paired.value, f"{of}_low": paired.low, f"{of}_high": paired.high}
+    return line | {"units": len(values)}
 
 
 def _flatten(values: dict, prefix: str = ""):

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from focusdpo_lib.evaluation.benchmark import Benchmark, Case, open_image
 from focusdpo_lib.evaluation.rows import FAMILIES, OBJECTIVES, ROWS, family
 from focusdpo_lib.generation import IMAGES, image_name
-from focusdpo_lib.plots.style import BRANCH_COLOURS, OBJECTIVE_COLOURS, WIDTH, bare, subplots
+from focusdpo_lib.plots.style import BRANCH_COLOURS, OBJECTIVE_COLOURS, SUBJECT_COLOURS, WIDTH, bare, subplots
 
 DASHES = {"sft": ":", "dpo": "--", "patchdpo": "-.", "focusdpo": "-"}  # a second mark beside the colour
 MARKERS = {"base": "o", "sft": "v", "dpo": "s", "patchdpo": "^", "focusdpo": "D"}
@@ -117,16 +117,17 @@ def _focus_by_timestep(left: Axes, right: Axes, by, bins: int) -> None:
 
 
 def branches_over_training(log: pd.DataFrame, window: int = 25) -> Figure:
-    """Coverage and the share of pairs in the structure branch of Eq. 9, step by step (running means)."""
+    """Hit rate, coverage and the share of pairs in the structure branch of Eq. 9, step by step (running means)."""
     figure, axes = subplots(1, 1, (WIDTH, 2.6))
-    taken = per_step(
-        log.assign(structure=(log["branch"] == "structure").astype(float)), ["coverage", "structure"], window
-    )
+    shares = log.assign(structure=(log["branch"] == "structure").astype(float))
+    taken = per_step(shares, ["hit", "chance", "coverage", "structure"], window)
     axis = axes[0, 0]
+    axis.plot(taken["hit"], color=SUBJECT_COLOURS[3], label="hit rate of $M'$")
+    axis.plot(taken["chance"], color="black", ls=":", label="its chance level")
     axis.plot(taken["coverage"], color=OBJECTIVE_COLOURS["focusdpo"], label="coverage $A_{focus}$")
     axis.plot(taken["structure"], color=OBJECTIVE_COLOURS["dpo"], ls="--", label="share of pairs with $M = M_s$")
     axis.set(xlabel="step", ylabel="share", ylim=(0, 1.02))
-    axis.legend(fontsize="small", frameon=False)
+    axis.legend(fontsize="small", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 

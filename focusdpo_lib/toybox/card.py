@@ -38,7 +38,8 @@ def write_card(folder: Path) -> None:
         "",
     ]
     for name, numbers in card["numbers"].items():
-        lines += [f"## {name}", "", f"{card['steps'][name]} steps. {MEANING[name][0].upper()}{MEANING[name][1:]}.", ""]
+        steps = [f"{card['steps'][key]} steps{of}" for key, of in _stages(name) if key in card["steps"]]
+        lines += [f"## {name}", "", f"{', '.join(steps)}. {MEANING[name][0].upper()}{MEANING[name][1:]}.", ""]
         lines += [
             "| number | value |",
             "|---|---|",
@@ -49,6 +50,11 @@ def write_card(folder: Path) -> None:
     if note := card.get("note"):
         lines += ["## Note", "", note, ""]
     write_text(folder / "README.md", "\n".join(lines))
+
+
+def _stages(name: str) -> list[tuple[str, str]]:
+    """The trainings of a model, and how the card calls what they are of."""
+    return [(name, ""), (f"{name}_guidance", " of distilling guidance")]
 
 
 def curves_figure(curves: dict[str, list[dict]]) -> plt.Figure:

@@ -1,17 +1,20 @@
 """The recipe that trains every toybox model from nothing: `make toybox-weights`.
 
 Stages, in order: the autoencoder; the encoders (reader, DINO, CLIP); the latents of a large sample of the training
-world; on them, the UNO-style transformer and the U-Net with its IP-Adapter; the model card. Each is resumable in the
-work folder; the products are folders that the ordinary loaders read.
+world; on them, the UNO-style transformer, whose guidance is then distilled, and the U-Net with its IP-Adapter; the
+model card. Each is resumable in the work folder; the products are folders that the ordinary loaders read.
 """
 
 import argparse
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import diffusers
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from platformdirs import user_cache_path
 
@@ -24,62 +27,115 @@ from focusdpo_lib.toybox.attributes import leakage, match
 from focusdpo_lib.toybox.autoencoder import measure_autoencoder, train_autoencoder
 from focusdpo_lib.toybox.batches import to_pixels
 from focusdpo_lib.toybox.benchmark import write_benchmark
-from focusdpo_lib.toybox.card import write_card
+from focusdpo_lib.toybox.card import CARD, CURVES, write_card
 from focusdpo_lib.toybox.clip import measure_clip, save_clip, train_clip
 from focusdpo_lib.toybox.dino import measure_dino, save_dino, train_dino
 from focusdpo_lib.toybox.reader import Reader, measure_reader, save_reader, train_reader
-from focusdpo_lib.toybox.transformer import make_latents, train_flux
+from focusdpo_lib.toybox.transformer import distil_guidance, make_latents, train_flux
 from focusdpo_lib.toybox.unet import save_backbone, train_sdxl_ip
 
-STEPS = {"autoencoder": 2600, "reader": 2000, "dino": 2000, "clip": 3000, "flux_uno": 12000, "sdxl_ip": 7000}
+STEPS = {
+    "autoencoder": 2600,
+    "reader": 2000,
+    "dino": 2000,
+    "clip": 3000,
+    "flux_uno": 12000,
+    "flux_uno_guidance": 1500,  # its distillation
+    "sdxl_ip": 7000,
+}
+MODELS = tuple(name for name in STEPS if name != "flux_uno_guidance")
 POOLS = {"autoencoder": 20_000, "reader": 30_000, "dino": 8_000, "clip": 30_000}  # images drawn once, trained on
 LATENTS = 120_000
-GUIDANCE = {"flux_uno": 1.0, "sdxl_ip": 3.0}  # of the samples that measure a generator
+GUIDANCE = {"flux_uno": 3.0, "sdxl_ip": 3.0}  # of the samples that measure a generator
 SHARD = 5_000
+COMPILED = 0.1  # of the full scale: shorter runs are over before their blocks are compiled
 
 
-def run(out: Path, work: Path, device: str = "cpu", seed: int = 0, scale: float = 1.0, **options) -> Path:
+class Kept:
+    """Card and curves of a weights folder, to which each model that is trained adds its own."""
+
+    def __init__(self, out: Path, seed: int, steps: dict[str, int]):
+        self.out, self.steps = out, steps
+        card, self.curves = ({}, {}) if not (out / CARD).exists() else _read(out)
+        self.card = {"steps": {}, "numbers": {}} | card | {"seed": seed}
+
+    def add(self, name: str, curve: list[dict], numbers: dict[str, float] | None = None) -> None:
+        self.curves[name], self.card["steps"][name] = curve, self.steps[name]
+        if numbers is not None:
+            self.card["numbers"][name] = numbers
+
+    def write(self) -> None:
+        order = [name for name in STEPS if name in self.curves]
+        write_json(self.out / CARD, self.card | {"machine": provenance.facts()})
+        write_json(self.out / CURVES, {name: self.curves[name] for name in order})
+        write_card(self.out)
+
+
+def _read(out: Path) -> tuple[dict, dict]:
+    return tuple(json.loads((out / name).read_text(encoding="utf-8")) for name in (CARD, CURVES))
+
+
+def run(
+    out: Path,
+    work: Path,
+    device: str = "cpu",
+    seed: int = 0,
+    scale: float = 1.0,
+    only: Sequence[str] = MODELS,
+    **options,
+) -> Path:
     """Trains whatever `work` does not hold yet and writes the weights and their card to `out`.
 
-    `scale` shortens every stage (a smoke test of the recipe takes 0.001); `options` go to `fit`.
+    `only` names the models to train; the others are taken from `out`. `scale` shortens every stage (a smoke test of the
+    recipe takes 0.001); `options` go to `fit`.
     """
     steps = {name: max(2, round(count * scale)) for name, count in STEPS.items()}
     pools = {name: max(400, round(count * scale)) for name, count in POOLS.items()}
-    curves, numbers = {}, {}
+    kept, how = Kept(out, seed, steps), {"seed": seed, "device": device, **options}
+    if "autoencoder" in only:
+        vae, curve = train_autoencoder(work, steps["autoencoder"], pool=pools["autoencoder"], **how)
+        kept.add("autoencoder", curve, measure_autoencoder(vae))
+    else:
+        vae = AutoencoderKL.from_pretrained(out / "flux_uno", subfolder="vae", use_safetensors=True)
+    encoders = {
+        "reader": (train_reader, measure_reader, save_reader),
+        "dino": (train_dino, measure_dino, save_dino),
+        "clip": (train_clip, measure_clip, save_clip),
+    }
+    for name, (train, measure, save) in encoders.items():
+        if name in only:
+            model, curve = train(work, steps[name], pool=pools[name], **how)
+            kept.add(name, curve, measure(model))
+            save(model, out / name)
+    _train_generators(vae, out, work, steps, scale, only, kept, how)
+    kept.write()
+    return out
 
-    def keep(name, curve, measured):
-        curves[name], numbers[name] = curve, measured
 
-    vae, curve = train_autoencoder(
-        work, steps["autoencoder"], seed=seed, device=device, pool=pools["autoencoder"], **options
-    )
-    keep("autoencoder", curve, measure_autoencoder(vae))
-    reader, curve = train_reader(work, steps["reader"], seed=seed, device=device, pool=pools["reader"], **options)
-    keep("reader", curve, measure_reader(reader))
-    save_reader(reader, out / "reader")
-    dino, curve = train_dino(work, steps["dino"], seed=seed, device=device, pool=pools["dino"], **options)
-    keep("dino", curve, measure_dino(dino))
-    save_dino(dino, out / "dino")
-    clip, curve = train_clip(work, steps["clip"], seed=seed, device=device, pool=pools["clip"], **options)
-    keep("clip", curve, measure_clip(clip))
-    save_clip(clip, out / "clip")
-
+def _train_generators(vae, out: Path, work: Path, steps: dict, scale: float, only, kept: Kept, how: dict) -> None:
+    """The latents of the training world, and on them the transformer and the U-Net."""
+    if not {"flux_uno", "sdxl_ip"} & set(only):
+        return
     size = min(SHARD, max(50, round(LATENTS * scale) // 50 * 50))
     shards = [work / "latents" / f"{k:02d}.safetensors" for k in range(max(1, round(LATENTS * scale / size)))]
     for k, path in enumerate(shards):
-        make_latents(vae, path, k * size, size, seed=seed)
-    pipeline, curve = train_flux(vae, shards, work, steps["flux_uno"], seed=seed, device=device, **options)
-    with atomic(out / "flux_uno") as partial:
-        pipeline.to("cpu", torch.float16).save_pretrained(partial)  # half the size; loaders give float32 again
-    keep("flux_uno", curve, measure_generator("flux_uno", out, reader, work, device=device))
-    backbone, curve = train_sdxl_ip(vae, shards, work, steps["sdxl_ip"], seed=seed, device=device, **options)
-    with atomic(out / "sdxl_ip") as partial:
-        save_backbone(backbone, partial)
-    keep("sdxl_ip", curve, measure_generator("sdxl_ip", out, reader, work, device=device))
-    write_json(out / "card.json", {"seed": seed, "steps": steps, "numbers": numbers, "machine": provenance.facts()})
-    write_json(out / "curves.json", curves)
-    write_card(out)
-    return out
+        make_latents(vae, path, k * size, size, seed=how["seed"])
+    reader = Reader.from_pretrained(out / "reader", local_files_only=True)
+    if "flux_uno" in only:
+        compiled = {"compiled": scale >= COMPILED}
+        pipeline, curve = train_flux(vae, shards, work, steps["flux_uno"], **compiled, **how)
+        kept.add("flux_uno", curve)
+        curve = distil_guidance(pipeline, shards, work, steps["flux_uno_guidance"], **compiled, **how)
+        kept.add("flux_uno_guidance", curve)
+        with atomic(out / "flux_uno") as partial:
+            pipeline.to("cpu", torch.float16).save_pretrained(partial)  # half the size; loaders give float32 again
+        numbers = measure_generator("flux_uno", out, reader, work, device=how["device"])
+        kept.add("flux_uno", kept.curves["flux_uno"], numbers)
+    if "sdxl_ip" in only:
+        backbone, curve = train_sdxl_ip(vae, shards, work, steps["sdxl_ip"], **how)
+        with atomic(out / "sdxl_ip") as partial:
+            save_backbone(backbone, partial)
+        kept.add("sdxl_ip", curve, measure_generator("sdxl_ip", out, reader, work, device=how["device"]))
 
 
 def measure_generator(
@@ -123,10 +179,11 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--device", default=backbones.best_device())
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", choices=MODELS, default=MODELS, help="the others are taken from --out")
     parser.add_argument("--scale", type=float, default=1.0, help="shortens every stage; 0.001 tries the recipe out")
     chosen = parser.parse_args(arguments)
     diffusers.utils.logging.set_verbosity_error()  # it warns that float16 does not compute on a CPU; we only save it
-    print(run(chosen.out, chosen.work, chosen.device, chosen.seed, chosen.scale))
+    print(run(chosen.out, chosen.work, chosen.device, chosen.seed, chosen.scale, chosen.only))
 
 
 if __name__ == "__main__":

@@ -196,6 +196,7 @@ def distil_guidance(
     steps: int,
     batch: int = 48,
     seed: int = 0,
+    device: str = "cpu",
     *,
     compiled: bool = False,
     **options,
@@ -206,7 +207,7 @@ def distil_guidance(
     the frozen model's conditional c and unconditional u; at w = 1, of every fourth sample, that is c itself. The
     pipeline's transformer is changed in place; returns the curve.
     """
-    backbone = FluxUno(pipeline, precision="bfloat16")
+    backbone = FluxUno(pipeline.to(device), precision="bfloat16")
     teacher = deepcopy(backbone.transformer)
     student = nn.ModuleDict({"transformer": backbone.transformer}).requires_grad_(True)
     if compiled:

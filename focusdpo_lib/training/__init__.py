@@ -18,3 +18,4 @@ from focusdpo_lib.training.loop import (
     train,
 )
 from focusdpo_lib.training.pairs import PreparedPairs, prepare, prepare_into
+from focusdpo_lib.training.signs import failure_signs
