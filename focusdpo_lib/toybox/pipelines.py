@@ -105,9 +105,13 @@ def build_flux(
     single_blocks: int = 4,
     text_dim: int = 64,
     guidance_embeds: bool = False,
+    shift: float = 1.0,
     seed: int = 0,
 ) -> FluxPipeline:
-    """A whole FLUX pipeline of toy size with random weights; `guidance_embeds` as in FLUX.1-dev or, off, -schnell."""
+    """A whole FLUX pipeline of toy size with random weights; `guidance_embeds` as in FLUX.1-dev or, off, -schnell.
+
+    `shift` moves sampling times towards noise, as FLUX.1-dev's are.
+    """
     torch.manual_seed(seed)
     vae = vae or build_autoencoder()
     clip_tokenizer, t5_tokenizer = build_clip_tokenizer(), build_t5_tokenizer()
@@ -130,7 +134,7 @@ def build_flux(
         guidance_embeds=guidance_embeds,
         axes_dims_rope=(head_dim - 2 * axis, axis, axis),
     )
-    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0)
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift)
     return FluxPipeline(scheduler, vae, clip, clip_tokenizer, t5, t5_tokenizer, transformer)
 
 
