@@ -272,11 +272,12 @@ def test_block_outputs_are_tapped_at_the_target_s_and_the_references_tokens_only
         assert torch.equal(second, image[:, 80:])
 
 
-def test_queries_and_keys_are_the_normalised_projections_of_image_tokens(backbone):
+@pytest.mark.parametrize("features", ["query", "query_key"])
+def test_queries_and_keys_are_the_normalised_projections_of_image_tokens(backbone, features):
     latents, t, condition = sample(backbone)
     blocks = [*backbone.transformer.transformer_blocks, *backbone.transformer.single_transformer_blocks]
     projections = {(i, name): getattr(b.attn, f"to_{name}") for i, b in enumerate(blocks) for name in "qk"}
-    tap = Recorder("query_key")
+    tap = Recorder(features)
     outputs = watched(backbone, projections, lambda: backbone.predict(latents, t, condition, taps=tap))
     text = condition.text.shape[1]
     assert sorted(tap.seen) == [0, 1, 2, 3]
@@ -289,7 +290,7 @@ def test_queries_and_keys_are_the_normalised_projections_of_image_tokens(backbon
 
     for layer, (target, (first, second)) in tap.seen.items():
         assert torch.allclose(target, normalised(layer, "q")[:, :64], atol=1e-5)
-        keys = normalised(layer, "k")
+        keys = normalised(layer, {"query": "q", "query_key": "k"}[features])
         assert torch.allclose(first, keys[:, 64:80], atol=1e-5)
         assert torch.allclose(second, keys[:, 80:], atol=1e-5)
 
@@ -307,6 +308,13 @@ def test_taps_change_nothing_and_are_gone_after_a_pass_that_failed(backbone):
             backbone.predict(latents, t, condition, taps=fails)
         assert torch.equal(backbone.predict(latents, t, condition, taps=Recorder("query_key")), plain)
     assert not any(module._forward_hooks for module in backbone.transformer.modules())
+
+
+def test_keys_of_image_tokens_are_a_reading_of_the_u_net_alone(backbone):
+    tap = Recorder("query_key")
+    tap.reference_tokens = "image_keys"
+    with pytest.raises(ValueError, match=r"masks\.reference_tokens image_keys is a reading of the U-Net: set own"):
+        backbone.predict(*sample(backbone), taps=tap)
 
 
 def test_layers_are_the_double_blocks_all_blocks_or_a_list_of_existing_ones(backbone):

@@ -1,6 +1,9 @@
 """Grades of Eq. 3 against known masks. Expected values by hand, and the ROC area from scipy's Mann–Whitney U."""
 
+from pathlib import Path
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.stats import mannwhitneyu
@@ -93,3 +96,31 @@ def test_a_single_layer_is_named_by_its_number_and_impossible_readings_are_left_
     found = grade.readings(backbones["sdxl_ip"], params.Masks(), **choices)
     keys = [(r.features, r.pool) for r in found if r.reference_tokens == "image_keys"]
     assert set(keys) == {("query_key", "all")}
+
+
+# --- The toybox's choice ---
+
+
+TOYBOX = Path(__file__).parents[1] / "params" / "toybox"
+CHOSEN = {"uno": ("02_masks", "03_uno_focusdpo", "search"), "ipap": ("03_ipap_focusdpo", "search_ipap")}
+
+
+@pytest.mark.parametrize("family", CHOSEN)
+def test_the_toybox_reads_eq_3_as_its_grade_recommends(family):
+    best = grade.recommended(pd.read_csv(TOYBOX / f"masks_grade_{family}.csv"))
+    used = [params.read_yaml(TOYBOX / f"{name}.yaml")["masks"] for name in CHOSEN[family]]
+    if family == "ipap":
+        used.append(params.read_yaml(TOYBOX / "02_masks.yaml")["ipap"]["masks"])
+    for values in used:
+        typed = params.section("masks", values)
+        assert {name: getattr(typed, name) for name in grade.READING} == best
+
+
+def test_a_reading_of_more_layers_goes_before_one_that_is_hardly_better():
+    def table(single, every):
+        rows = [{"layers": "3", "hit": single}, {"layers": "all", "hit": every}, {"layers": "5", "hit": 0.2}]
+        shared = {"features": "query", "reference_tokens": "own", "pool": "subject", "similarity": "cosine", "t": 0.5}
+        return pd.DataFrame([row | shared for row in rows])
+
+    assert grade.recommended(table(0.805, 0.8))["layers"] == "all"
+    assert grade.recommended(table(0.82, 0.8))["layers"] == [3]

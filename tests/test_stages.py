@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from tiny_training import TRAINING
 
 from focusdpo_lib import params, stages
+from focusdpo_lib.dip.dataset import DatasetError, read_dataset, write_dataset
 from focusdpo_lib.evaluation.benchmark import Benchmark, BenchmarkError
 from focusdpo_lib.runs import RunError, is_complete
 from focusdpo_lib.training import ADAPTER, CHECKPOINT, LOG
@@ -76,6 +77,16 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint(results, tiny_flux,
     first, second = (load_file(f / ADAPTER / "pytorch_lora_weights.safetensors") for f in (folder, reference))
     assert all(torch.equal(second[name], weight) for name, weight in first.items())
     assert (folder / LOG).read_bytes() == (reference / LOG).read_bytes()
+
+
+def test_a_dataset_without_reference_masks_is_refused_before_anything_is_computed(
+    results, tiny_flux, pairs_run, tmp_path
+):
+    bare = {"train": [replace(pair, reference_masks=()) for pair in read_dataset(pairs_run, ["train"])["train"]]}
+    write_dataset(tmp_path, bare)
+    with pytest.raises(DatasetError, match=r"lacks the column reference_masks.* set masks.pool to all"):
+        train(tmp_path / "results", tiny_flux, tmp_path)
+    assert not (tmp_path / "results").exists()
 
 
 def test_patchdpo_depends_on_its_patch_encoder(results, tiny_flux, pairs_run, vit):

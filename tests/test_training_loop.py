@@ -374,6 +374,36 @@ def test_a_subject_too_small_for_any_token_is_named(backbone, pairs):
         prepare(backbone, [replace(pair, masks=(pair.masks[0], speck))], params.Masks())
 
 
+def test_a_reference_whose_subject_covers_no_token_is_named(backbone, pairs):
+    pair = next(p for p in pairs if len(p.references) == 2)
+    speck = np.zeros((32, 32), bool)
+    speck[:4, :7] = True  # less than half of an 8×8 token
+    small = replace(pair, reference_masks=(pair.reference_masks[0], speck))
+    says = f"pair {pair.id}: the mask of its {pair.subjects[1]} covers half of no token of its reference: .*pool to all"
+    with pytest.raises(DatasetError, match=says):
+        prepare(backbone, [small], params.Masks())
+    assert prepare(backbone, [small], params.Masks(pool="all"))[2].cover == ()
+    large = speck.copy()
+    large[:4, :8] = True  # half of it
+    assert prepare(backbone, [replace(pair, reference_masks=(large, large))], params.Masks())[2].cover[0].sum() == 2
+
+
+def test_pairs_without_reference_masks_train_only_where_all_tokens_are_pooled(backbone, pairs, tiny_flux, tmp_path):
+    bare = prepare(backbone, [replace(pair, reference_masks=()) for pair in pairs], params.Masks())
+    with pytest.raises(TrainingError, match="the prepared pairs have no reference masks: prepare them with"):
+        tiny_train(tiny_flux, bare, tmp_path / "subject", steps=1)
+    tiny_train(tiny_flux, bare, tmp_path / "all", masks={"pool": "all"}, steps=1)
+    tiny_train(tiny_flux, bare, tmp_path / "dpo", objective="dpo", steps=1)
+
+
+def test_a_training_whose_masks_find_nothing_says_so_once(prepared, tiny_flux, tmp_path, capsys):
+    """The tiny model has random weights: its tokens correspond to nothing."""
+    tiny_train(tiny_flux, prepared, tmp_path / "focus", steps=4, checkpoint_every=2)
+    assert capsys.readouterr().out.count("warning: correspondence tells nothing: M' hits 0.") == 1
+    tiny_train(tiny_flux, prepared, tmp_path / "dpo", objective="dpo", steps=2)
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_images_that_cannot_form_a_batch_are_named(backbone, pairs):
     first, second = [p for p in pairs if len(p.references) == 1][:2]
     wide = np.zeros((32, 40, 3), np.uint8)
