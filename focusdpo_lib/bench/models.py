@@ -23,6 +23,7 @@ from focusdpo_lib.training.pairs import PreparedPairs, prepare
 
 IP_ADAPTER = "ip_adapter"  # its folder in that of the model
 # IP-Adapter-Plus: the widths of its resampler and of the image encoder's hidden layers, of which no step uses one.
+SHIPPED = {"toybox": "flux_uno", "toybox_ipap": "sdxl_ip"}
 RESAMPLER = {"full": {"hidden": 1280, "width": 1280, "layers": 1}, "small": {}}
 
 
@@ -105,14 +106,14 @@ def load_saved(case: Case, device: torch.device, scratch: Path) -> Backbone:
 
 def load(case: Case, device: torch.device, scratch: Path) -> Backbone:
     """The frozen backbone of a case; `scratch` keeps what later cases of this run share."""
-    if case.model == "toybox":
-        return backbones.load(params.Backbone(), device)
+    if case.size == "shipped":
+        return backbones.load(params.Backbone(family=SHIPPED[case.model]), device)
     return (built if case.weights == "bfloat16" else load_saved)(case, device, scratch)
 
 
 def load_pairs(case: Case, backbone: Backbone, count: int) -> PreparedPairs:
     """`count` pairs for a step of the case: the toybox's own, or random ones of the case's shapes."""
-    if case.model != "toybox":
+    if case.size != "shipped":
         return random_pairs(case, backbone, count)
     dip = params.Dip(two_subject_share=float(case.references - 1))
     pairs = [make_pair(dip, "train", i) for i in range(count)]

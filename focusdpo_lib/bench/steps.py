@@ -16,7 +16,7 @@ from focusdpo_lib.training import Draw, draws, focus_masks, new_tap, noised_view
 from focusdpo_lib.training.pairs import PreparedPairs
 
 OBJECTIVES = ("sft", "dpo", "focusdpo")
-MASKS = params.Masks()
+MASKS = params.Masks(layers="all")  # the most that they can cost
 # The floor, in forwards of the winners through the base. A preference step needs winner and loser through the reference
 # model, both through the policy, and a backward through the activations of both, which multiplies by every matrix once,
 # as a forward does; SFT needs the winner's two. Above it: LoRA, attention's backward (at least twice its forward), and
