@@ -1,5 +1,7 @@
 """What every family must do with every objective, with one subject and two: step, resume, sample, save, load."""
 
+from itertools import combinations
+
 import pytest
 import torch
 from peft import get_peft_model_state_dict
@@ -9,7 +11,7 @@ from tiny_training import TRAINING
 from focusdpo_lib import backbones, params
 from focusdpo_lib.backbones.family import ADAPTER as POLICY
 from focusdpo_lib.masks import CorrespondenceTap
-from focusdpo_lib.training import ADAPTER, train
+from focusdpo_lib.training import ADAPTER, draws, step_objective, train
 from focusdpo_lib.training.pairs import load, prepare, prepare_into
 
 FAMILIES = ("flux_uno", "sdxl_ip")
@@ -92,6 +94,27 @@ def test_encoders_alone_prepare_what_the_whole_model_prepares(family, models, pa
         assert len(found.conditioning.references) == count
         for ours, theirs in zip(found.conditioning.references, expected.conditioning.references, strict=True):
             assert torch.equal(ours, theirs)
+
+
+def test_a_step_looks_at_references_noised_as_far_as_the_target_with_noise_of_their_own(
+    models, prepared_by, monkeypatch
+):
+    """R7; x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε by the scheduler's own table."""
+    model, seen = backbones.load(settings("sdxl_ip", models["sdxl_ip"])), []
+    look = model._look_at_references
+    monkeypatch.setattr(model, "_look_at_references", lambda taps, t, c: seen.append(c) or look(taps, t, c))
+    pairs = prepared_by["sdxl_ip"][2]
+    draw = draws({2: pairs}, params.Training(batch_size=4))(3).part(1, 3)
+    model.add_adapter(2)
+    step_objective(model, pairs, draw, params.Objective(), params.Masks())
+    share = model.noising.alphas_cumprod[(draw.t * 1000 - 1e-3).ceil().long() - 1].view(-1, 1, 1, 1)
+    for subject, view in enumerate(seen[0].views):
+        clean, noise = pairs.conditioning.views[subject].latents[draw.rows], draw.view_noise[subject]
+        assert torch.allclose(view.latents, share.sqrt() * clean + (1 - share).sqrt() * noise, atol=1e-5)
+    whole = draws({2: pairs}, params.Training(batch_size=4))(3)
+    assert all(torch.equal(part, all_[1:3]) for part, all_ in zip(draw.view_noise, whole.view_noise, strict=True))
+    drawn = [whole.noise[:, :, :8, :8], *whole.view_noise]
+    assert not any(torch.equal(a, b) for a, b in combinations(drawn, 2))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -126,6 +126,8 @@ def test_guidance_is_distilled_into_the_input_of_that_name(latents, tmp_path):
     with torch.no_grad():
         for weight in pipeline.transformer.parameters():
             weight += 0.2 * torch.randn(weight.shape, generator=draw)
+        for weight in pipeline.transformer.time_text_embed.guidance_embedder.parameters():
+            weight.zero_()  # so that the input means nothing yet
     teacher = FluxUno(deepcopy(pipeline), precision="float32")
     batches = Batches(backbone, [path], 8, seed=7)
     drawn = batches.draw(0, singles=0)
@@ -141,8 +143,8 @@ def test_guidance_is_distilled_into_the_input_of_that_name(latents, tmp_path):
         return (found - (u + guidance * (c - u))).square().mean().item()
 
     before = {guidance: off(guidance) for guidance in (1.0, 4.0)}
-    assert before[1.0] < 1e-10 < before[4.0]
+    assert before[1.0] < 1e-10 and before[4.0] == pytest.approx(9 * (c - u).square().mean().item())
     curve = distil_guidance(pipeline, [path], tmp_path, 180, batch=8, log_every=60)
     assert [point["step"] for point in curve] == [60, 120, 180]
-    assert off(4.0) < 0.75 * before[4.0]
-    assert off(1.0) < 0.1 * before[4.0]  # a guidance of 1 is the model as it was
+    assert off(4.0) < 0.7 * before[4.0]
+    assert off(1.0) < 0.25 * before[4.0]  # a guidance of 1 stays near the model as it was

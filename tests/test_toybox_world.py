@@ -132,14 +132,15 @@ def test_identities_that_look_alike_are_one_and_held_out_only_if_every_angle_is(
     assert Identity("mug", "red", "blue", "dots", 90, "white") == Identity("mug", "red", "blue", "dots", 0, "white")
     assert Identity("mug", "red", "blue", "plaid", 135, "white").angle == 45
     assert len({Identity("mug", "red", "blue", "stripes", angle, "white") for angle in world.ANGLES}) == 4
-    rng, order = np.random.default_rng(1), ("train", "validation", "test")
+    rng, order, mixed = np.random.default_rng(1), ("train", "validation", "test"), 0
     for _ in range(300):
-        identity = world.sample_identity(rng)
-        if identity.pattern in ("dots", "plaid"):
-            head = "/".join([identity.class_name, identity.base, identity.accent, identity.pattern])
-            keys = [f"{head}/{angle}/{identity.trim}".encode() for angle in (identity.angle, identity.angle + 90)]
-            old = [{0: "test", 1: "validation"}.get(zlib.crc32(key) % 20, "train") for key in keys]
-            assert identity.split == min(old, key=order.index)
+        base, accent, trim = (str(colour) for colour in rng.choice([*world.COLOURS], 3, replace=False))
+        identity = Identity("mug", base, accent, str(rng.choice(["dots", "plaid"])), int(rng.choice([0, 45])), trim)
+        keys = [f"mug/{base}/{accent}/{identity.pattern}/{identity.angle + turn}/{trim}".encode() for turn in (0, 90)]
+        old = [{0: "test", 1: "validation"}.get(zlib.crc32(key) % 20, "train") for key in keys]
+        assert identity.split == min(old, key=order.index)
+        mixed += old[0] != old[1]
+    assert mixed > 20
 
 
 def test_no_identity_of_one_split_renders_to_the_pixels_of_another_split_s():
