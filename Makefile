@@ -51,7 +51,7 @@ test: lint ## Lint and test (within 10 minutes; downloads nothing but the packag
 
 # What computes, as on other processors: older instruction sets, bfloat16 arithmetic of their own or none.
 numbers := masks objectives backbone_flux_uno backbone_sdxl_ip both_families training_loop training_pairs bench \
-  bench_count generation evaluation_encoders toybox_encoders toybox_pipelines
+  bench_count grade generation evaluation_encoders toybox_encoders toybox_pipelines toybox_transformer
 older := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
 as = $(1) $(pytest) $(workers) --bfloat16 $(2) $(numbers:%=tests/test_%.py)
 
