@@ -38,7 +38,7 @@ def printed(path):
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     """A good job, one that raises, one whose kernel dies, one that depends on a failed one, one without its product."""
-    folder = tmp_path_factory.mktemp("a batch")  # with a space, as a reader's folder may have
+    folder = tmp_path_factory.mktemp("a {batch}")  # with a space and braces, as a reader's folder may have
     good = notebook(
         folder / "books" / "good.ipynb",
         "import os, sys; print(seed, masks, os.path.basename(os.getcwd()))",

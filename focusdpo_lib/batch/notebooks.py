@@ -113,8 +113,7 @@ def _papermill(notebook: Path, output: Path, values: Mapping[str, Any], warm: bo
             return "auto"
 
     papermill.execute_notebook(
-        notebook.resolve(),
-        output.resolve(),
+        *(str(path.resolve()).replace("{", "{{").replace("}", "}}") for path in (notebook, output)),  # it formats paths
         dict(values),
         kernel_name="python3",
         language="python",
