@@ -17,7 +17,7 @@ class Objective(NamedTuple):
     """What every objective returns; only `loss` carries a graph, the rest is for logs.
 
     loss      scalar
-    parts     name -> (B,) squared errors of every sample, weighted and reduced as they enter the loss
+    parts     name -> (B,) squared errors of every sample, weighted and reduced as they enter the loss; a log may add more
     margin    (B,) the argument of log σ, −½ β Δ: positive where the policy ranks the pair right; None without a pair
     accuracy  (B,) 1 where margin > 0, ½ where it is exactly 0 (as in Diffusion-DPO's code), else 0; None without a pair
     """
@@ -119,6 +119,19 @@ def preference_loss(
     parts = {"policy_win": win, "policy_lose": lose, "reference_win": frozen_win, "reference_lose": frozen_lose}
     accuracy = (margin.detach().sign() + 1) / 2
     return Objective(-F.logsigmoid(margin).mean(), _detached(parts), margin.detach(), accuracy)
+
+
+def errors_outside(policy: Tensor, reference: Tensor, target: Tensor, focus: Tensor) -> dict[str, Tensor]:
+    """Mean squared error of both models where the focus M is 0, name -> (B,): what the loss does not see drift.
+
+    Predictions and target (B, C, h, w), focus (B, h, w); 0 where M is 0 nowhere.
+    """
+    outside = _element_weights(focus == 0, target)
+    errors = {"outside_policy": policy, "outside_reference": reference}
+    return {
+        name: _reduced(_squared_error(prediction.detach(), target), outside, "masked_mean", None)
+        for name, prediction in errors.items()
+    }
 
 
 def sft_loss(policy_win: Tensor, target_win: Tensor, *, weight: Tensor | None = None) -> Objective:

@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from focusdpo_lib import objectives
-from focusdpo_lib.objectives import flow_weight, patch_quality, patchdpo_loss, preference_loss, sft_loss
+from focusdpo_lib.objectives import (
+    errors_outside,
+    flow_weight,
+    patch_quality,
+    patchdpo_loss,
+    preference_loss,
+    sft_loss,
+)
 
 SHAPE = (3, 4, 6, 5)
 NAMES = ("policy_win", "policy_lose", "reference_win", "reference_lose", "target_win", "target_lose")
@@ -370,3 +377,12 @@ def test_every_objective_can_be_trained():
             recipe(*predictions).loss.backward()
             optimizer.step()
         assert recipe(*predictions).loss < first.loss, name
+
+
+def test_errors_outside_the_focus_are_means_over_what_the_loss_does_not_see():
+    target = torch.zeros(2, 1, 1, 3)
+    policy, reference = torch.tensor([[1.0, 2, 3], [1, 1, 1]]), torch.tensor([[1.0, 1, 1], [2, 2, 2]])
+    focus = torch.tensor([[0.5, 0, 0], [1, 1, 1.0]])  # of the first sample two places, of the second none
+    found = errors_outside(policy.view(2, 1, 1, 3), reference.view(2, 1, 1, 3), target, focus.view(2, 1, 3))
+    assert found["outside_policy"].tolist() == [(4 + 9) / 2, 0]
+    assert found["outside_reference"].tolist() == [1, 0]

@@ -421,7 +421,7 @@ def test_the_log_has_a_row_a_pair_and_step_with_everything_the_figures_need(prep
     log = read_log(tmp_path)
     errors = ["policy_win", "policy_lose", "reference_win", "reference_lose"]
     named = ["step", "pair", "references", "loss", "t", "margin", "accuracy", *errors]
-    named += ["coverage", "hit", "confusion", "chance", "branch"]
+    named += ["outside_policy", "outside_reference", "coverage", "hit", "confusion", "chance", "branch"]
     assert list(log) == named
     assert log["step"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     at = draws(prepared, settings())

@@ -21,6 +21,8 @@ def log(steps=20, **columns):
         "policy_lose": (1.0, 1.2),
         "reference_win": 1.0,
         "reference_lose": 1.0,
+        "outside_policy": (1.0, 1.05),
+        "outside_reference": 1.0,
     }
     table = pd.DataFrame({"step": [i // 2 for i in range(2 * steps)]})
     for name, value in (sound | columns).items():
@@ -40,6 +42,7 @@ def test_a_sound_log_has_no_sign():
     [
         ({"hit": 0.25}, "correspondence tells nothing: M' hits 0.25 of the subjects' tokens, chance 0.20"),
         ({"branch": "fused"}, "coverage was never above τ"),
+        ({"outside_policy": (1.0, 1.5)}, "what lies outside M drifts: there the winner's error is 1.4"),
         ({"policy_win": (1.0, 1.4)}, "margins grow, but the winner's error is 1.3"),
     ],
 )
@@ -53,7 +56,7 @@ def test_a_rising_error_without_a_rising_margin_is_not_that_sign():
 
 
 def test_logs_of_objectives_without_masks_or_losers_are_read_too():
-    assert failure_signs(log().drop(columns=["hit", "chance", "branch"])) == []
+    assert failure_signs(log().drop(columns=["hit", "chance", "branch", "outside_policy", "outside_reference"])) == []
     assert failure_signs(log()[["step", "policy_win"]]) == []
 
 

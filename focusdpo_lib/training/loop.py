@@ -23,7 +23,7 @@ from tqdm import tqdm
 from focusdpo_lib import params
 from focusdpo_lib.backbones import Backbone, Conditioning
 from focusdpo_lib.masks import CorrespondenceTap, Focus, focus_field
-from focusdpo_lib.objectives import Objective, flow_weight, patchdpo_loss, preference_loss, sft_loss
+from focusdpo_lib.objectives import Objective, errors_outside, flow_weight, patchdpo_loss, preference_loss, sft_loss
 from focusdpo_lib.runs import atomic
 from focusdpo_lib.training.checkpoints import LOG, append_log, cut_log, held, resume, save_checkpoint
 from focusdpo_lib.training.pairs import PreparedPairs
@@ -193,13 +193,16 @@ def step_objective(
         reduction=objective.reduction,
         weight=weight,
     )
+    if focus is not None:
+        drift = errors_outside(policy[:b], reference[:b], target_win, focus.focus)
+        loss = loss._replace(parts=loss.parts | drift)
     return loss, focus
 
 
 def log_rows(
     step: int, pairs: PreparedPairs, draw: Draw, loss: Objective, focus: Focus | None, tau: float
 ) -> list[dict]:
-    """What the log keeps of a step: one dict a pair; errors are weighted as they enter the loss.
+    """What the log keeps of a step: one dict a pair; errors are weighted as they enter the loss, but those outside M.
 
     Everything is per pair, with its t, so that any share or mean can be taken by timestep bin as well as by step.
     """

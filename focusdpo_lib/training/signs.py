@@ -7,6 +7,7 @@ from focusdpo_lib.training.pairs import PreparedPairs
 
 ABOVE_CHANCE = 0.1  # of the way from chance to 1 that a hit rate should have come, at least
 RISE = 1.02  # of the winner's error over the frozen model's
+DRIFT = 1.1  # the same outside M, which the loss does not see
 FLAT = 0.02  # standard deviation of M_d inside the subjects
 
 
@@ -24,6 +25,10 @@ def flat_detail(data: dict[int, PreparedPairs]) -> str | None:
     return f"M_d is flat inside the subjects of {flat.mean():.0%} of the pairs: set a smaller masks.entropy_window"
 
 
+def _ratio(log: pd.DataFrame, errors: str, of: str) -> float:
+    return log[errors].sum() / max(log[of].sum(), 1e-12)
+
+
 def failure_signs(log: pd.DataFrame) -> list[str]:
     """One sentence a sign, from the rows of a preference training's log (one a pair and step), none from another's."""
     found = []
@@ -38,10 +43,15 @@ def failure_signs(log: pd.DataFrame) -> list[str]:
             found.append(
                 "coverage was never above τ, so M_s alone was never the focus: structure is ignored, lower masks.tau"
             )
+    steps = log["step"].rank(pct=True)
+    first, last = log[steps <= 0.2], log[steps > 0.8]
+    if "outside_policy" in log and (drift := _ratio(last, "outside_policy", "outside_reference")) > DRIFT:
+        found.append(
+            f"what lies outside M drifts: there the winner's error is {drift:.2f} times the frozen model's, train "
+            "fewer steps or raise objective.beta"
+        )
     if "policy_lose" in log:
-        steps = log["step"].rank(pct=True)
-        first, last = log[steps <= 0.2], log[steps > 0.8]
-        rise = last["policy_win"].sum() / max(last["reference_win"].sum(), 1e-12)
+        rise = _ratio(last, "policy_win", "reference_win")
         if last["margin"].mean() > max(first["margin"].mean(), 0.0) and rise > RISE:
             found.append(
                 f"margins grow, but the winner's error is {rise:.2f} times the frozen model's: the loser is only "
