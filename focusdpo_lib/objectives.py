@@ -17,7 +17,8 @@ class Objective(NamedTuple):
     """What every objective returns; only `loss` carries a graph, the rest is for logs.
 
     loss      scalar
-    parts     name -> (B,) squared errors of every sample, weighted and reduced as they enter the loss; a log may add more
+    parts     name -> (B,) squared errors of every sample, weighted and reduced as they enter the loss;
+              a log may add more
     margin    (B,) the argument of log σ, −½ β Δ: positive where the policy ranks the pair right; None without a pair
     accuracy  (B,) 1 where margin > 0, ½ where it is exactly 0 (as in Diffusion-DPO's code), else 0; None without a pair
     """
