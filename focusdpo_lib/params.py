@@ -7,11 +7,13 @@ of each open point of the paper (R1 … R21) is named beside its switch.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from focusdpo_lib import strict_yaml
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 SHIPPED = Path(__file__).parent / "toybox" / "weights"  # what a setting calls "toybox"
 
 
@@ -77,14 +79,15 @@ class Dip(Section):
     train_pairs: int = Field(1600, gt=0)
     validation_pairs: int = Field(160, gt=0)
     two_subject_share: float = Field(0.5, ge=0, le=1)
-    strengths: list[int] = [1, 2, 3]  # attributes changed per disturbed subject, drawn uniformly
+    strengths: list[Annotated[int, Field(ge=1, le=4)]] = Field([1, 2, 3], min_length=1)  # attributes changed of a
+    # disturbed subject, drawn uniformly
     swap_share: float = Field(0.3, ge=0, le=1)  # of two-subject pairs: attributes swapped between the subjects
-    seed: int = 0
+    seed: Seed = 0
 
 
 class Masks(Section):
     similarity: Literal["cosine", "printed"] = "cosine"  # R1
-    layers: Literal["double", "all"] | list[int] = "double"  # R2
+    layers: Literal["double", "all"] | Annotated[list[int], Field(min_length=1)] = "double"  # R2
     features: Literal["block_output", "query", "query_key"] = "block_output"  # R3
     pool: Literal["subject", "all"] = "subject"  # R20; all needs no reference_masks
     reference_tokens: Literal["own", "image_keys"] = "own"  # R7, of a U-Net: own are those that it has of a reference
@@ -124,7 +127,7 @@ class Objective(Section):
 class Lora(Section):
     rank: int = Field(32, gt=0)  # R17
     alpha: float | None = Field(None, gt=0)  # none: equal to the rank
-    targets: list[str] | None = None  # none: the backbone's own list
+    targets: Annotated[list[str], Field(min_length=1)] | None = None  # none: the backbone's own list
 
 
 class Training(Section):
@@ -141,7 +144,7 @@ class Training(Section):
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"  # 8 bits: state in a quarter of the memory (bitsandbytes)
     compile: bool = False  # torch.compile of the repeated blocks: minutes at the start, kept for later runs
     processes: int | None = Field(None, gt=0)  # none: in this process; else as many, by `accelerate launch`
-    seed: int = 0
+    seed: Seed = 0
     lora: Lora = Lora()
 
 
@@ -164,7 +167,7 @@ class Generation(Section):
     guidance: float = Field(1.0, ge=0)
     images_per_prompt: int = Field(1, gt=0)
     batch_size: int = Field(32, gt=0)
-    seed: int = 3407
+    seed: Seed = 3407
     prompts: int | None = Field(None, gt=0)  # the first so many prompts of every subject; none: all
 
 
@@ -180,7 +183,7 @@ class Evaluation(Section):
     reader: str | None = "toybox"  # recovers attributes; only where the benchmark knows them
     batch_size: int = Field(64, gt=0)  # images an encoder takes at once
     bootstrap: int = Field(2000, gt=0)
-    seed: int = 0  # of the bootstrap
+    seed: Seed = 0  # of the bootstrap
 
 
 class Benchmark(Section):
@@ -277,11 +280,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """A params file as a dict of notebook variables, with every section in it checked and left as plain values."""
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = strict_yaml.load(path.read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
         raise ParameterError(f"the params file {path} does not exist: correct its path") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ParameterError(f"{path} is not YAML ({' '.join(str(error).split())}): correct that line") from None
+    except strict_yaml.StrictYamlError as error:
+        raise ParameterError(f"{path} is not accepted: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ParameterError(f"{path} is not YAML ({error}): save it as UTF-8") from None
     if not isinstance(values, dict):
         raise ParameterError(f"{path} must hold 'key: value' lines, not a {type(values).__name__}: correct it")
     for name in SECTIONS.keys() & values.keys():

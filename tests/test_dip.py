@@ -20,7 +20,7 @@ from focusdpo_lib.dip.dataset import (
     require_reference_masks,
     write_dataset,
 )
-from focusdpo_lib.params import Dip, ParameterError
+from focusdpo_lib.params import Dip
 from focusdpo_lib.toybox.world import CLASSES, Identity, Placement, Scene, halve, photo, render, with_identities
 
 MUG = Identity("mug", "red", "blue", "dots", 0, "green")
@@ -175,12 +175,6 @@ def test_a_pair_depends_on_seed_split_and_index_alone(tmp_path):
     few, many = (pq.read_table(file).to_pylist() for file in (files[0], files[2]))
     assert few == many[:5] and len(many) == 9
     assert not np.array_equal(toybox.make_pair(Dip(seed=1), "train", 0).win, toybox.make_pair(Dip(), "train", 0).win)
-
-
-@pytest.mark.parametrize("values", [{"strengths": [5]}, {"strengths": []}, {"strengths": [0, 1]}, {"seed": -1}])
-def test_settings_that_the_toybox_cannot_build_are_refused(values, tmp_path):
-    with pytest.raises(ParameterError, match=f"dip.{next(iter(values))} = "):
-        toybox.build(Dip(**values), tmp_path)
 
 
 # --- The files ---

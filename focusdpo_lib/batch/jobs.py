@@ -13,9 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from focusdpo_lib import params, runs
+from focusdpo_lib import params, runs, strict_yaml
 from focusdpo_lib.batch import notebooks
 from focusdpo_lib.batch.notebooks import NotebookError
 from focusdpo_lib.params import ParameterError
@@ -157,7 +155,14 @@ def chosen_overrides(given: argparse.Namespace) -> dict[str, Any]:
     overrides: dict[str, Any] = {}
     for path in given.over:
         overrides |= params.read_overrides(path)
-    return overrides | {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in given.set)}
+    return overrides | {key: _value(key, value) for key, _, value in (text.partition("=") for text in given.set)}
+
+
+def _value(key: str, text: str) -> Any:
+    try:
+        return strict_yaml.load(text)
+    except strict_yaml.StrictYamlError as error:
+        raise ParameterError(f"--set {key}={text} is not accepted: {error}") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -85,11 +85,25 @@ def execute(notebook: Path, output: Path, values: Mapping[str, Any], failed: Pat
 
 
 def _check_type(name: str, value: Any, default: Any, where: str) -> None:
+    """A value against the default: of its type (a group may be none), and neither empty nor below 0 where that is not.
+
+    ParameterError says what it should be.
+    """
     numbers = isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)
-    if default is None or value is None or type(value) is type(default) or numbers:
+    if default is None or (value is None and isinstance(default, dict)):
         return
-    hint = " (YAML reads a number such as 1e-8 as text: write 1.0e-8)" if isinstance(value, str) else ""
-    raise ParameterError(f"{name} = {value!r} in {where} should be a {type(default).__name__}{hint}: correct it there")
+    if type(value) is not type(default) and not numbers:
+        hint = " (YAML reads a number such as 1e-8 as text: write 1.0e-8)" if isinstance(value, str) else ""
+        kind = type(default).__name__
+        raise ParameterError(f"{name} = {value!r} in {where} should be a {kind}{hint}: correct it there")
+    if isinstance(default, list | str) and default and not value:
+        raise ParameterError(f"{name} in {where} is empty: give it a value, or leave it out")
+    if isinstance(value, list) and default:
+        for number, item in enumerate(value):
+            _check_type(f"{name}[{number}]", item, default[0], where)
+    if isinstance(value, int | float) and not isinstance(value, bool) and (value < 0 or (value == 0 < default)):
+        least = "above 0" if default > 0 else "0 or more"
+        raise ParameterError(f"{name} = {value!r} in {where} should be {least}: correct it there")
 
 
 def _papermill(notebook: Path, output: Path, values: Mapping[str, Any], warm: bool) -> None:

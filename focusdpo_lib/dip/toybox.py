@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from focusdpo_lib.dip.dataset import SPLITS, Pair, write_dataset
-from focusdpo_lib.params import Dip, ParameterError
+from focusdpo_lib.params import Dip
 from focusdpo_lib.toybox.world import (
     ANGLES,
     COLOURS,
@@ -50,7 +50,6 @@ def build(settings: Dip, folder: str | Path) -> None:
 
     A pair depends on (settings other than the counts, split, index) alone: a bigger dataset starts with the same pairs.
     """
-    _check_settings(settings)
     counts = (settings.train_pairs, settings.validation_pairs, settings.validation_pairs)
     write_dataset(folder, {split: _pairs(settings, split, n) for split, n in zip(SPLITS, counts, strict=True)})
 
@@ -172,12 +171,3 @@ def _direction(pattern: str, angle: int) -> str:
 
 def _article(words: str) -> str:
     return f"an {words}" if words[0] in "aeiou" else f"a {words}"
-
-
-def _check_settings(settings: Dip) -> None:
-    if not settings.strengths or not set(settings.strengths) <= set(range(1, MAX_STRENGTH + 1)):
-        raise ParameterError(
-            f"dip.strengths = {settings.strengths}: list counts of attributes from 1 to {MAX_STRENGTH}"
-        )
-    if settings.seed < 0:
-        raise ParameterError(f"dip.seed = {settings.seed}: must not be negative")
