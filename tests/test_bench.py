@@ -80,6 +80,7 @@ def test_the_plain_reading_agrees_on_the_random_models_too(random_batch):
     objective, masks = params.Objective(beta=10.0), params.Masks()
     ours = step_objective(backbone, pairs, draw, objective, masks)[0].parts
     plain = plain_objective(backbone, reference_copy(backbone), pairs, draw, objective, masks).parts
+    ours = {name: ours[name] for name in plain}  # without what only a log keeps
     torch.testing.assert_close(plain, ours, rtol=2e-2, atol=1e-3)  # bfloat16 rounds by 2⁻⁸
 
 

@@ -244,15 +244,24 @@ class SdxlIp(Family):
         """The tokens (B, P_r, d) of each reference in every layer, as the network sees the references (R7).
 
         Each goes through it alone: its view, noised as the target is, with its subject's class as prompt and its own
-        image tokens. Only the samples that the taps look at.
+        image tokens; those of one size as one batch. Only the samples that the taps look at.
         """
         if len(conditioning.views) != len(conditioning.references):
             raise ValueError("the conditioning has no views of its references: call `condition` with `classes`")
         conditioning, steps = conditioning[taps.samples], self._steps(t[taps.samples])
         seen: list[list[torch.Tensor]] = [[] for _ in self.blocks]
-        for view, tokens in zip(conditioning.views, conditioning.references, strict=True):
-            with self._listening(taps.features, False, lambda layer, found: seen[layer].append(found)):
-                self._epsilon(view.latents, steps, Conditioning(view.text, view.pooled, (tokens,)))
+        looks = list(zip(conditioning.views, conditioning.references, strict=True))
+        alike = len({view.latents.shape for view, _ in looks}) == 1
+        for together in [looks] if alike else [[look] for look in looks]:
+            views, tokens = zip(*together, strict=True)
+            view, count = View(*map(torch.cat, zip(*views, strict=True))), len(together)
+
+            def keep(layer: int, found: torch.Tensor, count=count) -> None:
+                seen[layer] += found.chunk(count)
+
+            with self._listening(taps.features, False, keep):
+                alone = Conditioning(view.text, view.pooled, (torch.cat(tokens),))
+                self._epsilon(view.latents, steps.repeat(count), alone)
         return seen
 
     def _epsilon(self, noised, steps, conditioning: Conditioning) -> torch.Tensor:
