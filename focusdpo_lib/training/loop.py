@@ -158,7 +158,8 @@ def step_objective(
     device, b = backbone.device, len(draw.rows)
     noise, t = draw.noise.to(device), draw.t.to(device)
     win, lose = pairs.win[draw.rows].to(device), pairs.lose[draw.rows].to(device)
-    condition = pairs.conditioning[draw.rows].to(device)
+    known = pairs.conditioning if objective.name == "focusdpo" else replace(pairs.conditioning, views=())
+    condition = known[draw.rows].to(device)  # only masks look at the views: nothing else carries them to the device
     weight = flow_weight(t, objective.flow_weight) if backbone.predicts == "velocity" else None
     target_win, target_lose = backbone.target(win, noise, t), backbone.target(lose, noise, t)
     noised_win = backbone.noised(win, noise, t)
@@ -271,9 +272,9 @@ def _train(backbone, data, folder, objective, masks, training, accelerator, stop
     weights = backbone.adapter_parameters()
     optimizer = new_optimizer(weights, training)
     first = resume(folder, weights, optimizer)
-    warn = _Warnings(folder, data if objective.name == "focusdpo" else {})
     if accelerator.is_main_process:
         cut_log(folder, first)
+        warn = _Warnings(folder, data if objective.name == "focusdpo" else {})
     at = draws(data, training, accelerator.num_processes, backbone.timestep_shift(next(iter(data.values())).win.shape))
     last = min(training.steps, stop_after or training.steps)
     for step in tqdm(range(first, last), initial=first, total=training.steps, unit="step", mininterval=5, ncols=90,
