@@ -76,6 +76,8 @@ class Backbone(Section):
 
 class Dip(Section):
     folder: str | None = None  # pairs made elsewhere, in the kit's format: nothing is built, and the rest says nothing
+    tolerance: int = Field(0, ge=0, le=255)  # of those: grey levels by which win and lose may differ outside the masks,
+    # where the dataset itself does not say more
     train_pairs: int = Field(1600, gt=0)
     validation_pairs: int = Field(160, gt=0)
     two_subject_share: float = Field(0.5, ge=0, le=1)

@@ -74,11 +74,13 @@ def prepare_pairs(
     masks: params.Masks,
     patch_encoder: str | None = None,
     own_process: bool = False,
+    tolerance: int = 0,
 ) -> Path:
     """Stage prepared: latents, conditioning and M_d of the train pairs, computed once and named by what they are.
 
     Every training on the same pairs with the same backbone shares them, and none needs an encoder of its own.
-    `own_process`: this one never computes on a GPU, for it would keep a hold on memory that others need.
+    `tolerance` is that of `read_dataset`. `own_process`: this one never computes on a GPU, for it would keep a hold on
+    memory that others need.
     """
     backbone = backbones.pinned(backbone, results)
     inputs: dict[str, Path | str] = {"pairs": Path(pairs), **backbones.inputs(backbone)}
@@ -91,7 +93,8 @@ def prepare_pairs(
     if not job.complete and own_process:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             try:
-                return pool.submit(prepare_pairs, results, pairs, backbone, masks, patch_encoder).result()
+                again = pool.submit(prepare_pairs, results, pairs, backbone, masks, patch_encoder, tolerance=tolerance)
+                return again.result()
             except BrokenProcessPool:
                 raise RunError(
                     "the process that prepares the pairs was killed, most often for want of main memory: close other "
@@ -101,7 +104,7 @@ def prepare_pairs(
         if not job.complete:
             with job, MemoryAdvice(backbone, preparing=True):
                 model = backbones.load(backbone, best_device(), parts="encoders")
-                train_pairs = dataset.read_dataset(pairs, ["train"])["train"]
+                train_pairs = dataset.read_dataset(pairs, ["train"], tolerance=tolerance)["train"]
                 patches = DinoEncoder(patch_encoder, best_device()).patches if patch_encoder is not None else None
                 prepare_into(job.folder, model, train_pairs, masks, patches=patches)
     return job.folder
@@ -116,10 +119,12 @@ def train_adapter(
     masks: params.Masks,
     training: params.Training,
     launch: params.Launch | None = None,
+    tolerance: int = 0,
 ) -> Path:
     """Stage training: an adapter by one objective (Algorithm 1); returns the run's folder.
 
-    In this process or, where `training.processes` says how many, in child processes (see `launch`).
+    In this process or, where `training.processes` says how many, in child processes (see `launch`). `tolerance` is that
+    of `read_dataset`.
     """
     backbone = backbones.pinned(backbone, results)
     settings = {"backbone": backbone, "objective": objective, "masks": masks, "training": training}
@@ -134,9 +139,8 @@ def train_adapter(
     job = Run(Path(results) / "training" / run, settings, inputs)
     if not job.complete:
         alone = training.processes is None
-        prepared = prepare_pairs(
-            results, pairs, backbone, masks, encoder, own_process=not alone and best_device() != "cpu"
-        )
+        apart = not alone and best_device() != "cpu"
+        prepared = prepare_pairs(results, pairs, backbone, masks, encoder, own_process=apart, tolerance=tolerance)
         with job:
             if alone:
                 with MemoryAdvice(backbone, training):

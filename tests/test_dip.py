@@ -307,6 +307,24 @@ def test_a_tolerance_admits_what_an_inpainting_model_leaves_outside_but_not_an_u
     assert defect(tiny(lose=changed(SOUND.win, 103, 1, 1)), tolerance=3) == "win and lose show the same image"
 
 
+@pytest.mark.parametrize("levels", [1, 6])
+def test_a_dataset_says_with_which_tolerance_it_was_written(tmp_path, levels):
+    pair = tiny(lose=changed(SOUND.lose, 100 + levels, 0, 0))
+    write_dataset(tmp_path, {"train": [pair]}, tolerance=levels)
+    assert [p.id for p in read_dataset(tmp_path, ["train"])["train"]] == [pair.id]
+    forget(tmp_path / "train.parquet")  # as other software would have written it
+    with pytest.raises(DatasetError, match=f"by up to {levels} levels"):
+        read_dataset(tmp_path, ["train"], tolerance=levels - 1)
+    assert [p.id for p in read_dataset(tmp_path, ["train"], tolerance=levels)["train"]] == [pair.id]
+
+
+def forget(path):
+    """Rewrites a parquet file without what the kit notes of it."""
+    table = pq.read_table(path)
+    noted = {key: value for key, value in table.schema.metadata.items() if key != b"focusdpo_tolerance"}
+    pq.write_table(table.replace_schema_metadata(noted), path)
+
+
 def rewrite(path, column, value, row=1):
     """Puts another value into one cell of a parquet file."""
     table = pq.read_table(path)
@@ -329,11 +347,11 @@ def grey(masks):
 @pytest.mark.parametrize(
     ("column", "value", "sentence"),
     [
-        ("win", cut, "its image win cannot be decoded"),
-        ("lose", lambda image: {**image, "bytes": b"no image"}, "its image lose cannot be decoded"),
-        ("lose", lambda image: None, "its image lose cannot be decoded"),
-        ("references", lambda images: [cut(images[0]), *images[1:]], r"its image references\[0\] cannot be decoded"),
-        ("masks", lambda images: [*images[:-1], cut(images[-1])], r"its image masks\[\d\] cannot be decoded"),
+        ("win", cut, "its win cannot be read"),
+        ("lose", lambda image: {**image, "bytes": b"no image"}, "its lose cannot be read: it is damaged or no"),
+        ("lose", lambda image: None, "its lose is empty: store the bytes of an image file, or its path"),
+        ("references", lambda images: [cut(images[0]), *images[1:]], r"its references\[0\] cannot be read"),
+        ("masks", lambda images: [*images[:-1], cut(images[-1])], r"its masks\[\d\] cannot be read"),
         ("masks", grey, r"its masks\[0\] holds values other than 0 and 255"),
         ("provenance", lambda text: "{half", "its provenance is not JSON"),
         ("prompt", lambda text: None, "its prompt is empty"),

@@ -126,7 +126,8 @@ def _train(use: Mapping[str, Any], results: Path, trial: Trial) -> Path:
     pairs = stages.build_pairs(results, "main", use["dip"])
     training = use["training"].model_copy(update={"learning_rate": trial.learning_rate, "steps": trial.steps})
     typed = params.section("objective", trial.settings)
-    return stages.train_adapter(results, trial.name, pairs, use["backbone"], typed, use["masks"], training)
+    backbone, masks, tolerance = use["backbone"], use["masks"], use["dip"].tolerance
+    return stages.train_adapter(results, trial.name, pairs, backbone, typed, masks, training, tolerance=tolerance)
 
 
 def search(path: Path, results: Path, objectives: Sequence[str] | None = None) -> pd.DataFrame:

@@ -8,6 +8,7 @@ import ast
 import hashlib
 import json
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -15,8 +16,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from focusdpo_lib import pictures
+
 KINDS = {"single": 1, "multi": 2}  # references a case
-_PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 class BenchmarkError(ValueError):
@@ -133,21 +135,18 @@ def read_prompts_and_classes(path: Path) -> tuple[dict[str, str], dict[str, list
     return classes, {"object": object_prompts, "live": live_prompts}
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """An RGB image, fully decoded; raises BenchmarkError when it is missing or damaged."""
+def open_image(picture: str | Path | Image.Image) -> Image.Image:
+    """An RGB image as `pictures.read` has it; raises BenchmarkError where it cannot be used."""
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise BenchmarkError(f"the image {path} is missing: restore it, or make it again") from None
-    except OSError as error:
-        raise BenchmarkError(
-            f"the image {path} cannot be read ({error}): delete it and make or fetch it again"
-        ) from None
+        return pictures.read(picture)
+    except pictures.PictureError as error:
+        raise BenchmarkError(str(error)) from None
 
 
 def _subject(folder: Path, class_name: str, attributes: dict | None) -> Subject:
-    photos = sorted(p for p in folder.glob("*") if p.suffix.lower() in _PHOTO_SUFFIXES)
+    photos, others = pictures.photos(folder)
+    if others:
+        warnings.warn(f"{folder} holds what counts as no photo: {', '.join(others)}", stacklevel=4)
     if not photos:
         raise BenchmarkError(f"{folder} holds no photo of the subject '{folder.name}': fetch the dataset again")
     return Subject(folder.name, class_name, tuple(photos), attributes)

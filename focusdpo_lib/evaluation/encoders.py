@@ -112,7 +112,7 @@ class DinoEncoder:
         return tokens[:, -((self.crop // self.model.config.patch_size) ** 2) :].float().cpu()
 
     def _encode(self, pictures: Sequence[Picture]) -> torch.Tensor:
-        pixels = [preprocess(_opened(p), self.resize, self.crop, IMAGENET_MEAN, IMAGENET_STD) for p in pictures]
+        pixels = [preprocess(open_image(p), self.resize, self.crop, IMAGENET_MEAN, IMAGENET_STD) for p in pictures]
         return self.model(pixel_values=torch.stack(pixels).to(self.device)).last_hidden_state[:, 0]
 
 
@@ -146,13 +146,13 @@ class ClipEncoder:
         return _batched(prompts, self.batch_size, lambda p: self.model.encode_text(self.tokenizer(p).to(self.device)))
 
     def _encode_images(self, pictures: Sequence[Picture]) -> torch.Tensor:
-        pixels = torch.stack([self.preprocess(_opened(p)) for p in pictures])
+        pixels = torch.stack([self.preprocess(open_image(p)) for p in pictures])
         return self.model.encode_image(pixels.to(self.device, self.dtype))
 
 
 def to_pixels(pictures: Sequence[Picture]) -> torch.Tensor:
     """N images of one size → (N, 3, H, W) in [-1, 1], as the toybox's models take them."""
-    arrays = [np.asarray(_opened(p)) for p in pictures]
+    arrays = [np.asarray(open_image(p)) for p in pictures]
     if len(sizes := {array.shape[:2] for array in arrays}) > 1:
         raise ValueError(f"the images have several sizes (height, width) {sorted(sizes)}: make them all of one size")
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -172,10 +172,6 @@ def _quietly():
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def _opened(picture: Picture) -> Image.Image:
-    return picture.convert("RGB") if isinstance(picture, Image.Image) else open_image(picture)
 
 
 def _batched(items: Sequence, size: int, encode: Callable) -> torch.Tensor:

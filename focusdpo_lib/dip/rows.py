@@ -1,0 +1,137 @@
+"""A pair as a row of parquet, and a row as a pair: the kit's own rows, and those that others wrote with `datasets`."""
+
+import io
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image as PILImage
+
+from focusdpo_lib import pictures
+from focusdpo_lib.dip.pair import REFERENCE_MASKS, DatasetError, Pair
+
+
+@cache
+def features():
+    """The columns, in the words of Hugging Face `datasets` (which takes a second to import)."""
+    from datasets import Features, Image, List, Value
+
+    return Features(
+        {
+            "id": Value("string"),
+            "prompt": Value("string"),  # c
+            "win": Image(),  # x_0^w
+            "lose": Image(),  # x_0^l
+            "references": List(Image()),  # x_r
+            "masks": List(Image()),  # M_prior of each subject in the winner, 0 or 255
+            REFERENCE_MASKS: List(Image()),  # where each reference shows its subject, 0 or 255
+            "subjects": List(Value("string")),  # class words
+            "captions": List(Value("string")),  # what the winner shows of each subject, in detail
+            "disrupted_captions": List(Value("string")),  # what the loser shows instead
+            "disruption": Value("string"),  # JSON: what changed, from what to what, and how strongly
+            "provenance": Value("string"),  # JSON: generator, seed, and what else it takes to make the pair again
+            "split": Value("string"),
+        }
+    )
+
+
+def class_names(schema: pa.Schema) -> dict[str, list[str]]:
+    """The names behind the numbers of each column of class labels, or of lists of them, as `datasets` notes them."""
+    noted = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    columns = {name: [kind, kind.get("feature")] for name, kind in noted.items() if isinstance(kind, dict)}
+    return {c: k["names"] for c, kinds in columns.items() for k in kinds if isinstance(k, dict) and "names" in k}
+
+
+def encode(pair: Pair) -> dict[str, Any]:
+    """A row in the words of `features`."""
+    return {
+        **{name: getattr(pair, name) for name in ("id", "prompt", "split")},
+        **{name: list(getattr(pair, name)) for name in ("subjects", "captions", "disrupted_captions")},
+        **{name: _png(getattr(pair, name)) for name in ("win", "lose")},
+        "references": [_png(image) for image in pair.references],
+        **{name: [_png(m.astype(np.uint8) * 255) for m in getattr(pair, name)] for name in ("masks", REFERENCE_MASKS)},
+        **{name: json.dumps(getattr(pair, name), ensure_ascii=False) for name in ("disruption", "provenance")},
+    }
+
+
+def _png(image: np.ndarray) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    PILImage.fromarray(image).save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def decode(row: Mapping[str, Any], path: Path, classes: Mapping[str, list[str]]) -> Pair:
+    """The pair of a row of the file `path`. Raises DatasetError that names the row, the column and what to do.
+
+    Beside the kit's own rows it takes those whose meaning is as clear: pictures as bytes or as paths (to the file's
+    folder or absolute), class labels, ids that are numbers, and one entry alone where a list is due.
+    """
+    reader = _Row(row, path, classes)
+    return Pair(
+        **{name: reader.text(name) for name in ("id", "prompt", "split")},
+        **{name: reader.texts(name) for name in ("subjects", "captions", "disrupted_captions")},
+        **{name: reader.picture(name, row[name]) for name in ("win", "lose")},
+        references=reader.pictures("references"),
+        **{name: reader.pictures(name, pictures.read_mask) for name in ("masks", REFERENCE_MASKS)},
+        **{name: reader.notes(name) for name in ("disruption", "provenance")},
+    )
+
+
+class _Row:
+    def __init__(self, row: Mapping[str, Any], path: Path, classes: Mapping[str, list[str]]):
+        self.row, self.path, self.classes = row, path, classes
+
+    def refused(self, problem: str) -> DatasetError:
+        return error(self.row["id"], self.path, problem)
+
+    def text(self, name: str) -> str:
+        return self._text(name, self.row[name])
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        return tuple(self._text(name, value) for value in self._listed(name))
+
+    def _text(self, name: str, value: Any) -> str:
+        if isinstance(value, int) and 0 <= value < len(self.classes.get(name, ())):
+            return self.classes[name][value]
+        if value is None or isinstance(value, str) or (isinstance(value, int) and name == "id"):
+            return "" if value is None else str(value)
+        raise self.refused(f"its {name} is a {type(value).__name__} where a text is due")
+
+    def _listed(self, name: str) -> list:
+        value = self.row.get(name)
+        if isinstance(value, list):
+            return value
+        return [] if value is None else [value]
+
+    def picture(self, name: str, stored: Any, read=pictures.read) -> np.ndarray:
+        """Of what `datasets` stores: {"bytes": …, "path": …}, of which either may be None; or of either alone."""
+        if isinstance(stored, dict):
+            stored = stored.get("bytes") or stored.get("path")
+        if stored and isinstance(stored, str):
+            stored = self.path.parent / stored
+        if not stored or not isinstance(stored, bytes | Path):
+            found = "empty" if not stored else f"a {type(stored).__name__}"
+            raise self.refused(f"its {name} is {found}: store the bytes of an image file, or its path")
+        try:
+            return np.array(read(stored, f"its {name}" + (f" ({stored})" if isinstance(stored, Path) else "")))
+        except pictures.PictureError as defect:
+            raise self.refused(str(defect)) from None
+
+    def pictures(self, name: str, read=pictures.read) -> tuple[np.ndarray, ...]:
+        return tuple(self.picture(f"{name}[{i}]", stored, read) for i, stored in enumerate(self._listed(name)))
+
+    def notes(self, name: str) -> dict[str, Any]:
+        value = self.row[name]
+        try:
+            return value if isinstance(value, dict) else json.loads(value or "{}")
+        except (TypeError, ValueError):
+            raise self.refused(f"its {name} is not JSON") from None
+
+
+def error(identifier: Any, path: Path, problem: str) -> DatasetError:
+    """The sentence for a row that cannot be used."""
+    return DatasetError(f"pair {identifier!r} of {path}: {problem}; correct or drop it and build the dataset again")
