@@ -16,7 +16,7 @@ from IPython.display import HTML
 from matplotlib.figure import Figure
 from PIL import Image
 
-from focusdpo_lib import params, runs, stages
+from focusdpo_lib import backbones, params, runs, stages
 from focusdpo_lib.backbones import Backbone
 from focusdpo_lib.evaluation import scores, statistics, tables
 from focusdpo_lib.evaluation.benchmark import Benchmark
@@ -42,7 +42,7 @@ def adapters(results: Path, families: Mapping[str, params.FamilyRows]) -> tuple[
     for row, name in ((row, name) for row, names in named.items() for name in names):
         folder = Path(results) / "training" / name
         if runs.is_complete(folder):
-            _check_family(folder, row, families[family_of(row)].backbone.family)
+            _check_base(folder, row, backbones.pinned(families[family_of(row)].backbone, results))
             found.setdefault(row, []).append(folder)
         else:
             missing.append(
@@ -64,13 +64,15 @@ def trained(found: Mapping[str, Sequence[Path]]) -> dict[str, dict[str, str]]:
     return rows
 
 
-def _check_family(folder: Path, row: str, expected: str) -> None:
-    """ParameterError for a training run on another family's backbone, whose row would bear the wrong name."""
-    if (trained := _params(folder)["backbone"]["family"]) != expected:
+def _check_base(folder: Path, row: str, backbone: params.Backbone) -> None:
+    """ParameterError for a training run on another family or base, whose row would bear the wrong name."""
+    if (trained := _params(folder)["backbone"]["family"]) != backbone.family:
         raise params.ParameterError(
-            f"{folder} was trained on {trained} and cannot be a row of {expected} ({ROWS[row]}): "
+            f"{folder} was trained on {trained} and cannot be a row of {backbone.family} ({ROWS[row]}): "
             "name it under its own family"
         )
+    if (other := stages.other_base(folder, backbone)) is not None:
+        raise params.ParameterError(f"{ROWS[row]} cannot stand here: {other}")
 
 
 def oracle_images(results: Path, benchmark: Benchmark, prompts: int | None = None) -> Path:

@@ -24,6 +24,8 @@ from focusdpo_lib import provenance
 
 PARAMS, INPUTS, PROVENANCE, MARKER = "params.yaml", "inputs.json", "provenance.json", "complete.json"
 LOCK = ".lock"
+RECORDS = (PARAMS, INPUTS, PROVENANCE, MARKER, LOCK, "processes.json")
+_READ: dict[tuple, str] = {}  # digests of files by path, size and time of change
 PARTIAL = ".partial-"  # prefix of the folders that hold what is not whole yet
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Writers in C++, Rust and NumPy report a full disk without errno, in words of their own.
@@ -113,20 +115,35 @@ def is_complete(folder: str | Path) -> bool:
 
 
 def fingerprint(value: Path | str) -> str:
-    """What an input is: of a run folder its marker, of a file or folder its content, of a text the text itself."""
+    """What an input is: a file or folder its content, a run folder what was asked and what came out, a text itself."""
     if isinstance(value, str):
         return value
     if not value.exists():
         raise RunError(f"the input {value} does not exist: make it first, or correct the path")
     if value.is_file():
-        with value.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    if is_complete(value):
-        return fingerprint(value / MARKER)
-    if is_run(value):
+        return _of_file(value)
+    if is_run(value) and not is_complete(value):
         raise RunError(f"the input {value} is an unfinished run: run it again (it goes on where it stopped)")
     files = {p.relative_to(value).as_posix(): p for p in value.rglob("*") if p.is_file()}
-    return digest({name: fingerprint(file) for name, file in files.items() if PARTIAL not in name})
+    files = {name: file for name, file in files.items() if PARTIAL not in name}
+    if is_run(value):  # the same run made again has other times and another machine in its records
+        files = {name: file for name, file in files.items() if not _is_record(file)} | {MARKER: value / MARKER}
+    return digest({name: _of_file(file) for name, file in files.items()})
+
+
+def _is_record(file: Path) -> bool:
+    """Whether a file of a run says how it went, and is not what came out of it."""
+    return file.name in RECORDS or file.suffix in (".csv", ".log", ".md")
+
+
+def _of_file(path: Path) -> str:
+    """SHA-256 of the content; read once a process while size and time of change are the same."""
+    seen = path.stat()
+    key = (path.resolve(), seen.st_size, seen.st_mtime_ns, seen.st_ino)
+    if key not in _READ:
+        with path.open("rb") as file:
+            _READ[key] = hashlib.file_digest(file, "sha256").hexdigest()
+    return _READ[key]
 
 
 def digest(value: Any) -> str:

@@ -23,7 +23,7 @@ from focusdpo_lib.evaluation.benchmark import Benchmark
 from focusdpo_lib.evaluation.encoders import DinoEncoder, Encoders
 from focusdpo_lib.evaluation.scores import score_images
 from focusdpo_lib.generation import IMAGES, generate
-from focusdpo_lib.runs import Run, RunError, atomic, is_complete
+from focusdpo_lib.runs import INPUTS, Run, RunError, atomic, fingerprint, is_complete
 from focusdpo_lib.toybox import attributes
 from focusdpo_lib.toybox.benchmark import write_benchmark
 from focusdpo_lib.training import ADAPTER, CHECKPOINT, adapter_card, train
@@ -158,6 +158,19 @@ def train_adapter(
     return job.folder
 
 
+def other_base(adapter: Path, backbone: params.Backbone) -> str | None:
+    """A sentence where a complete training run stands on another base than `backbone`; None where it is the same."""
+    there = json.loads((Path(adapter) / INPUTS).read_text(encoding="utf-8"))
+    for name, what in backbones.inputs(backbone).items():
+        trained_on = there.get(name, {"what": "none", "hash": None})
+        if trained_on["hash"] != fingerprint(what):
+            return (
+                f"{adapter} was trained on another base: its {name} is {trained_on['what']}, and backbone.{name} is "
+                f"{what}, or their files differ; train it anew, or name the base that it belongs to"
+            )
+    return None
+
+
 def toybox_benchmark(results: Path, split: str = "test", seed: int = 0) -> Path:
     """The toybox's benchmark of 30 held-out identities, written once."""
     folder = Path(results) / "benchmark" / f"{split}-{seed}"
@@ -190,6 +203,8 @@ def generate_images(
     if adapter is not None:
         if not is_complete(adapter):
             raise RunError(f"the training run {adapter} is not complete: run notebook 03 with it first")
+        if (other := other_base(adapter, backbone)) is not None:
+            raise RunError(other)
         inputs["adapter"] = Path(adapter)
     settings = {"backbone": backbone, "generation": generation, "kind": benchmark.kind}
     job = Run(Path(results) / "generation" / benchmark.kind / run, settings, inputs)

@@ -468,6 +468,66 @@ def test_missing_and_damaged_weight_files_are_named(tiny_flux, tmp_path, subject
     assert "half.safetensors" in refusal(model=str(tiny_flux), subject_lora=f"{tmp_path}/half.safetensors")
 
 
+WIDTH = 32  # of the tiny transformer: two heads of 16
+
+
+def lora_of(layers):
+    """A LoRA in diffusers' layout, of rank 2, on layers {name: (in, out)}."""
+    return {
+        f"{name}.lora_{side}.weight": torch.zeros(shape)
+        for name, (inputs, outputs) in layers.items()
+        for side, shape in (("A", (2, inputs)), ("B", (outputs, 2)))
+    }
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ({"transformer.transformer_blocks.19.attn.to_q": (WIDTH, WIDTH)}, "belongs to nothing in the transformer"),
+        ({"transformer.transformer_blocks.0.attn.to_q": (48, WIDTH)}, r"has the shape \(2, 48\), which does not fit"),
+        ({"transformer.transformer_blocks.0.attn.to_q": (WIDTH, 48)}, r"has the shape \(48, 2\), which does not fit"),
+        (
+            {"transformer_blocks.0.attn.to_q": (WIDTH, WIDTH)},
+            "lacks the prefix 'transformer.': write it with diffusers",
+        ),
+        ({"unet.mid_block.attentions.0.to_q": (WIDTH, WIDTH)}, "belongs to nothing in the transformer"),
+        ({"text_encoder.layers.0.self_attn.q_proj": (WIDTH, WIDTH)}, "belongs to nothing in the transformer"),
+    ],
+)
+def test_a_subject_lora_of_another_model_or_layout_does_not_load(tiny_flux, tmp_path, layers, message):
+    path = tmp_path / "other.safetensors"
+    save_file(lora_of(layers), path)
+    found = refusal(model=str(tiny_flux), subject_lora=str(path))
+    assert re.match(
+        rf"the subject LoRA {path} cannot be loaded \(its key .*{message}.*correct backbone.subject_lora$", found
+    )
+
+
+def test_a_subject_lora_in_the_layout_of_diffusers_moves_the_model(tiny_flux, tmp_path):
+    plain = load_tiny(tiny_flux)
+    layers = {"transformer.transformer_blocks.0.attn.to_q": (WIDTH, WIDTH)}
+    save_file({key: torch.ones_like(value) for key, value in lora_of(layers).items()}, tmp_path / "lora.safetensors")
+    inputs = sample(plain)
+    moved = load_tiny(tiny_flux, subject_lora=str(tmp_path / "lora.safetensors"))
+    assert not torch.allclose(moved.predict(*inputs), plain.predict(*inputs), atol=1e-3)
+
+
+def test_models_in_another_form_get_advice_that_fits(tiny_flux, tmp_path):
+    single = tmp_path / "flux1-dev.safetensors"
+    single.write_bytes(b"")
+    assert "is a single file: make a folder of it with diffusers' FluxPipeline.from_single" in refusal(
+        model=str(single)
+    )
+    for name, message in (("model.fp16.safetensors", "holds its variant fp16 alone"), ("model.bin", "no safetensors")):
+        folder = shutil.copytree(tiny_flux, tmp_path / name)
+        weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+        weights.rename(weights.with_name(f"diffusion_pytorch_{name}"))
+        assert message in refusal(model=str(folder))
+    lora = tmp_path / "lora.bin"
+    lora.write_bytes(b"")
+    assert "it is no safetensors file" in refusal(model=str(tiny_flux), subject_lora=str(lora))
+
+
 def test_an_adapter_folder_without_an_adapter_is_named(backbone, tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no adapter"):
         backbone.load_adapter(tmp_path)

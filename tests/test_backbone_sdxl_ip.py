@@ -1,5 +1,6 @@
 """SDXL with IP-Adapter-Plus: equal to diffusers' own pipeline; our adapter alone tells policy and reference apart."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -8,8 +9,10 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from diffusers.image_processor import IPAdapterMaskProcessor
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_sdxl import TOKENS, WEIGHTS, load_tiny_sdxl, write_tiny_sdxl
 from tiny_training import TRAINING, tiny_pairs
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from focusdpo_lib import backbones, params
 from focusdpo_lib.backbones import BackboneError, Conditioning
@@ -336,3 +339,38 @@ def test_settings_load_it_and_what_is_missing_is_named(folder, tmp_path):
         load(ip_adapter=f"{tmp_path}/none")
     with pytest.raises(BackboneError, match=r"^the IP-Adapter .* is a folder without other.safetensors"):
         load(ip_weights="other.safetensors")
+
+
+def ip_adapter(tmp_path, **changes):
+    """The tiny IP-Adapter with other weights in its file."""
+    write_tiny_sdxl(tmp_path)
+    kept = {key: value for key, value in load_file(tmp_path / "ip" / WEIGHTS).items() if key.startswith("ip_adapter.")}
+    save_file({**kept, **changes}, tmp_path / "ip" / WEIGHTS)
+    values = {"family": "sdxl_ip", "model": f"{tmp_path}/sdxl", "ip_adapter": f"{tmp_path}/ip", "precision": "float32"}
+    return params.section("backbone", values)
+
+
+def test_an_ip_adapter_of_another_kind_does_not_load(tmp_path):
+    width = 16
+    plain = {"proj.weight": (4 * width, 16), "proj.bias": (4 * width,), "norm.weight": (width,), "norm.bias": (width,)}
+    full = {"proj.0.weight": (24, 24), "proj.0.bias": (24,), "proj.2.weight": (width, 24), "proj.2.bias": (width,)}
+    full |= {"proj.3.weight": (width,), "proj.3.bias": (width,)}
+    for name, shapes in (("ImageProjection", plain), ("IPAdapterFullImageProjection", full)):
+        weights = {f"image_proj.{key}": torch.zeros(shape) for key, shape in shapes.items()}
+        with pytest.raises(BackboneError, match=rf"^the IP-Adapter .* \(it has {name} where .*correct backbone.ip_ada"):
+            backbones.load(ip_adapter(tmp_path / name, **weights))
+
+
+def test_an_image_encoder_that_the_adapter_was_not_trained_with_does_not_load(tmp_path):
+    write_tiny_sdxl(tmp_path)
+    sizes = {"intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32}
+    wide = CLIPVisionModelWithProjection(CLIPVisionConfig(hidden_size=40, patch_size=8, **sizes))
+    wide.save_pretrained(tmp_path / "ip" / "models" / "image_encoder")
+    values = {"family": "sdxl_ip", "model": f"{tmp_path}/sdxl", "ip_adapter": f"{tmp_path}/ip", "precision": "float32"}
+    with pytest.raises(
+        BackboneError, match=r"^the image encoder .* \(it is 40 wide, .* one of 24\): .*backbone.ip_enc"
+    ):
+        backbones.load(params.section("backbone", values))
+    shutil.rmtree(tmp_path / "ip" / "models" / "image_encoder")
+    with pytest.raises(BackboneError, match=r"^the image encoder .* cannot be loaded"):
+        backbones.load(params.section("backbone", values))

@@ -10,7 +10,20 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision import transforms
-from transformers import ViTConfig, ViTModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    ConvNextConfig,
+    ConvNextModel,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    ViTConfig,
+    ViTModel,
+)
 
 from focusdpo_lib import params, stages
 from focusdpo_lib.evaluation.encoders import (
@@ -188,3 +201,28 @@ def test_weights_that_lack_a_layer_are_refused_and_a_missing_pooler_is_not(weigh
     save_file({k: v for k, v in state.items() if k != gone}, tmp_path / "cut" / "model.safetensors", {"format": "pt"})
     with pytest.raises(EncoderError, match=r"its weights lack .*1"):
         DinoEncoder(str(tmp_path / "cut"))
+
+
+def test_only_models_whose_first_token_is_the_class_token_score(tmp_path):
+    sizes = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    seen = {"image_size": 224, "patch_size": 16}
+    others = [
+        SiglipVisionModel(SiglipVisionConfig(**sizes, **seen)),  # pools by attention: no class token
+        ConvNextModel(ConvNextConfig(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1])),  # no tokens at all
+        BertModel(BertConfig(vocab_size=8, **sizes)),  # sees no image
+    ]
+    for model in others:
+        folder = tmp_path / model.config.model_type
+        model.save_pretrained(folder)
+        with pytest.raises(EncoderError, match=f"^evaluation.dino = .*it is a {model.config.model_type}, and a DINO"):
+            DinoEncoder(str(folder))
+    for model in (
+        Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**sizes, **seen, num_register_tokens=3)),
+        DINOv3ViTModel(DINOv3ViTConfig(**sizes, **seen, num_register_tokens=3)),
+    ):
+        model.save_pretrained(tmp_path / model.config.model_type)
+        dino, pixels = DinoEncoder(str(tmp_path / model.config.model_type)), torch.zeros(1, 3, 224, 224)
+        tokens = dino.model(pixel_values=pixels).last_hidden_state
+        assert tokens.shape[1] == 1 + 3 + 14 * 14 and dino.patches(pixels).shape == (1, 14 * 14, 24)
+        photo = picture(300, 260)
+        assert (dino.images([photo]) @ dino.images([photo]).T).item() == pytest.approx(1, abs=1e-6)

@@ -1,6 +1,7 @@
 """Files are whole or absent, runs are complete or resumed and never mixed; also when the process is killed."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -228,6 +229,36 @@ def test_a_run_is_known_by_what_it_was_asked_not_by_when_it_ran(tmp_path):
             pass
     x, y, z = (runs.fingerprint(tmp_path / name) for name in "xyz")
     assert x == y != z
+
+
+def rewritten(file, text):
+    """Another content of the same size; even on a file system that counts time in whole seconds it is another time."""
+    file.write_text(text)
+    os.utime(file, (file.stat().st_atime, file.stat().st_mtime + 2))
+
+
+def test_a_finished_run_whose_files_are_rewritten_is_another_input(tmp_path):
+    for name in ("pairs", "again"):
+        with Run(tmp_path / name, {"seed": 1}) as run:
+            (run.folder / "train.parquet").write_text("one")
+            (run.folder / "steps.csv").write_text(f"seconds\n{name}")  # how it went
+    before = runs.fingerprint(tmp_path / "pairs")
+    assert runs.fingerprint(tmp_path / "again") == before
+    rewritten(tmp_path / "pairs" / "train.parquet", "two")
+    assert runs.fingerprint(tmp_path / "pairs") != before
+    (tmp_path / "pairs" / "train.parquet").unlink()
+    assert runs.fingerprint(tmp_path / "pairs") != before
+
+
+def test_a_file_is_read_again_only_where_it_may_have_changed(tmp_path, monkeypatch):
+    file = tmp_path / "weights.safetensors"
+    file.write_text("one")
+    first = runs.fingerprint(file)
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.hashlib, "file_digest", None)
+        assert runs.fingerprint(file) == first
+    rewritten(file, "two")
+    assert runs.fingerprint(file) != first
 
 
 def test_an_unfinished_run_is_no_input(tmp_path):

@@ -1,12 +1,13 @@
 """The stages: every run is made once, goes on where it stopped, and refuses what it is not."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_training import TRAINING
 
 from focusdpo_lib import params, stages
@@ -14,8 +15,10 @@ from focusdpo_lib.dip.dataset import DatasetError, read_dataset, write_dataset
 from focusdpo_lib.evaluation.benchmark import Benchmark, BenchmarkError
 from focusdpo_lib.runs import RunError, is_complete
 from focusdpo_lib.training import ADAPTER, CHECKPOINT, LOG
+from focusdpo_lib.training.pairs import load
 
 DIP = params.Dip(train_pairs=16, validation_pairs=1)
+ONE_STEP = params.Generation(steps=1)
 original = stages.train
 
 
@@ -125,6 +128,30 @@ def test_images_come_from_the_base_or_a_complete_training_and_are_made_once(resu
     assert times(results) == before
     with pytest.raises(RunError, match="is not complete: run notebook 03 with it first"):
         stages.generate_images(results, "none", benchmark, model, settings, results / "training" / "missing")
+
+
+def test_an_adapter_is_not_sampled_on_another_base(results, tiny_flux, pairs_run, tmp_path):
+    adapter = train(results, tiny_flux, pairs_run)
+    benchmark = Benchmark.load(stages.toybox_benchmark(results), "single")
+    benchmark = replace(benchmark, cases=benchmark.cases[:1])
+    moved = shutil.copytree(tiny_flux, tmp_path / "moved")
+    stages.generate_images(results, "moved", benchmark, params.Backbone(model=str(moved)), ONE_STEP, adapter)
+    weights = moved / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({name: value + 1 for name, value in load_file(weights).items()}, weights)  # in place, at the same size
+    subject = {"model": str(tiny_flux), "subject_lora": "some/lora"}
+    for other in (params.Backbone(model=str(moved)), params.Backbone(**subject)):
+        with pytest.raises(RunError, match=r"was trained on another base: its (model|subject_lora) is"):
+            stages.generate_images(results, "other", benchmark, other, ONE_STEP, adapter)
+
+
+def test_pairs_rewritten_in_place_are_prepared_anew(results, tiny_flux, pairs_run, tmp_path):
+    pairs = shutil.copytree(pairs_run, tmp_path / "pairs")
+    model = params.Backbone(model=str(tiny_flux))
+    before = stages.prepare_pairs(results, pairs, model, params.Masks())
+    found = read_dataset(pairs, ["train"])["train"]
+    write_dataset(pairs, {"train": [replace(found[0], prompt="a purple elephant")]})
+    after = stages.prepare_pairs(results, pairs, model, params.Masks())
+    assert after != before and sum(map(len, load(after).values())) == 1
 
 
 def test_prepared_pairs_are_shared_by_what_they_are(results, tiny_flux, pairs_run):

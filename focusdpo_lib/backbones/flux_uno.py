@@ -13,6 +13,7 @@ from diffusers import FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from focusdpo_lib.backbones.conditioning import Conditioning
+from focusdpo_lib.backbones.culprits import blaming
 from focusdpo_lib.backbones.family import QUANTIZED, TEXT_PARTS, Family, chosen_precision, compute_in, loading
 from focusdpo_lib.backbones.subject_lora import load_subject_lora
 from focusdpo_lib.backbones.tokens import attention_hooks, output_hook, pack, position_ids, unpack
@@ -79,7 +80,8 @@ class FluxUno(Family):
             model, revision=revision, use_safetensors=True, **dict.fromkeys(absent), **held
         )
         if subject_lora is not None and parts != "encoders":
-            load_subject_lora(pipeline, subject_lora, subject_revision)
+            with blaming("subject_lora"):
+                load_subject_lora(pipeline, subject_lora, subject_revision)
         (pipeline.transformer if parts == "network" else pipeline).to(device)
         return cls(pipeline, weights=weights, **settings)
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from safetensors import SafetensorError
 
 from focusdpo_lib import params
+from focusdpo_lib.backbones.culprits import LOADING_ERRORS
 from focusdpo_lib.backbones.interface import Backbone
 from focusdpo_lib.backbones.revisions import is_hub_id
 
@@ -59,6 +59,8 @@ def load(settings: params.Backbone, device: str | torch.device = "cpu", parts: s
     model = params.shipped(settings.family, settings.model)
     remedy = "run `make toybox-weights`" if settings.model == "toybox" else "correct backbone.model"
     _check(model, INDEX, f"the model {model}", remedy)
+    if (form := _other_form(Path(model), settings.family)) is not None:
+        raise BackboneError(f"the model {model} {form}, or correct backbone.model")
     extras = _extras(settings)
     for name, needed in (("subject_lora", ""), ("ip_adapter", settings.ip_weights)):
         if (source := extras.get(name)) is not None:
@@ -70,15 +72,17 @@ def load(settings: params.Backbone, device: str | torch.device = "cpu", parts: s
         here = Path(model).is_dir() or isinstance(try_to_load_from_cache(model, INDEX, revision=settings.revision), str)
         _quiet(downloads=not here)
         return family_class(settings.family).from_pretrained(model, device=device, parts=parts, **shared, **extras)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+    except LOADING_ERRORS as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        with_these = [f"the {WORDS[name]} {extras[name]}" for name in WORDS if extras.get(name)]
-        what = " with ".join([f"the model {model}", *with_these])
-        raise BackboneError(f"{what} cannot be loaded {_why(error, model, remedy)}") from error
+        what, source = "the model", model
+        if (setting := getattr(error, "setting", None)) is not None:
+            what, remedy = f"the {WORDS[setting]}", f"correct backbone.{setting}"
+            source = extras[setting] if setting != "ip_encoder" else f"{extras['ip_adapter']}/{extras[setting]}"
+        raise BackboneError(f"{what} {source} cannot be loaded {_why(error, source, remedy)}") from error
 
 
-def _why(error: Exception, model: str, remedy: str) -> str:
+def _why(error: Exception, source: str, remedy: str) -> str:
     """The reason in brackets and what to do; what the hub said is found behind the errors that wrap it."""
     behind = [error]
     while following := behind[-1].__cause__ or behind[-1].__context__:
@@ -94,11 +98,11 @@ def _why(error: Exception, model: str, remedy: str) -> str:
         return (
             f"(not in the cache, and the hub is out of reach): go online once, name a folder that holds it, or {remedy}"
         )
-    advice = "fetch it again" if Path(model).is_dir() else "go online, or name a folder that holds it"
+    advice = "fetch it again" if Path(source).exists() else "go online, or name a folder that holds it"
     return f"({reason}): {advice}, or {remedy}"
 
 
-WORDS = {"subject_lora": "subject LoRA", "ip_adapter": "IP-Adapter"}
+WORDS = {"subject_lora": "subject LoRA", "ip_adapter": "IP-Adapter", "ip_encoder": "image encoder"}
 
 
 def _extras(settings: params.Backbone) -> dict:
@@ -124,6 +128,21 @@ def _check(name: str, needed: str, what: str, remedy: str) -> None:
         raise BackboneError(f"{what} is a folder without {needed}: {remedy}")
     if not path.exists() and not is_hub_id(name):
         raise BackboneError(f"{what} does not exist: {remedy}")
+
+
+def _other_form(model: Path, family: str) -> str | None:
+    """What a model on this machine is instead of a folder of safetensors, and how to make one of it."""
+    pipeline = {"flux_uno": "FluxPipeline", "sdxl_ip": "StableDiffusionXLPipeline"}[family]
+    save = "save_pretrained, which writes safetensors"
+    if model.is_file():
+        return f"is a single file: make a folder of it with diffusers' {pipeline}.from_single_file and {save}"
+    for part in (path.parent for path in sorted(model.glob("*/config.json"))):
+        names = [path.name for path in part.iterdir() if path.suffix in (".safetensors", ".bin")]
+        if names and all(name.endswith(".bin") for name in names):
+            return f"has {part.name}/{names[0]} and no safetensors: load it where you trust it, and {save}"
+        if names and all(".fp16." in name or name.endswith(".bin") for name in names):
+            return f"holds its variant fp16 alone ({part.name}): load it with variant='fp16', and {save} of no variant"
+    return None
 
 
 def _quiet(downloads: bool) -> None:

@@ -14,11 +14,13 @@ from pathlib import Path
 import torch
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.embeddings import IPAdapterPlusImageProjection
 from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPVisionModelWithProjection
 
 from focusdpo_lib.backbones.conditioning import Conditioning, View
+from focusdpo_lib.backbones.culprits import blaming
 from focusdpo_lib.backbones.family import QUANTIZED, TEXT_PARTS, Family, chosen_precision, compute_in, loading
 
 # R17: every attention's q, k, v and output, and IP-Adapter's own keys and values.
@@ -109,7 +111,7 @@ class SdxlIp(Family):
             model, revision=revision, use_safetensors=True, **left_out, **held
         )
         path = Path(ip_weights)  # load_ip_adapter casts the pipeline: before any float32 LoRA weights
-        with _uncast(pipeline.unet) if weights in QUANTIZED else nullcontext():
+        with blaming("ip_adapter"), _uncast(pipeline.unet) if weights in QUANTIZED else nullcontext():
             pipeline.load_ip_adapter(
                 ip_adapter,
                 subfolder=str(path.parent),
@@ -117,14 +119,17 @@ class SdxlIp(Family):
                 image_encoder_folder=None,
                 revision=ip_revision,
             )
+            _check_kind(pipeline.unet)
         if encoders:  # load_ip_adapter would take the image encoder of any revision
-            pipeline.image_encoder = CLIPVisionModelWithProjection.from_pretrained(
-                ip_adapter,
-                subfolder=ip_encoder,
-                revision=ip_revision,
-                use_safetensors=True,
-                dtype=held["dtype"]["default"],
-            )
+            with blaming("ip_encoder"):
+                pipeline.image_encoder = CLIPVisionModelWithProjection.from_pretrained(
+                    ip_adapter,
+                    subfolder=ip_encoder,
+                    revision=ip_revision,
+                    use_safetensors=True,
+                    dtype=held["dtype"]["default"],
+                )
+                _check_width(pipeline)
         pipeline.vae.float()
         (pipeline if encoders else pipeline.unet).to(device)
         return cls(pipeline, weights=weights, **settings)
@@ -342,6 +347,23 @@ class SdxlIp(Family):
                 epsilon = _guided(epsilon, self._epsilon(seen, timestep, nothing), guidance)
             latents = scheduler.step(epsilon, timestep, latents, return_dict=False)[0]
         return latents
+
+
+def _check_kind(unet: nn.Module) -> None:
+    """Raises ValueError for an IP-Adapter of another kind than Plus, whose resampler makes tokens of CLIP's patches."""
+    found = unet.encoder_hid_proj.image_projection_layers[0]
+    if not isinstance(found, IPAdapterPlusImageProjection):
+        raise ValueError(f"it has {type(found).__name__} where an IP-Adapter-Plus has its resampler")
+
+
+def _check_width(pipeline: StableDiffusionXLPipeline) -> None:
+    """Raises ValueError for an image encoder whose patches the adapter's resampler does not take."""
+    resampler, width = (
+        pipeline.unet.encoder_hid_proj.image_projection_layers[0],
+        pipeline.image_encoder.config.hidden_size,
+    )
+    if (needed := resampler.proj_in.in_features) != width:
+        raise ValueError(f"it is {width} wide, and the IP-Adapter was trained with one of {needed}")
 
 
 @contextmanager

@@ -1,8 +1,9 @@
-"""UNO's LoRA as released: found, checked key by key, and put on a FLUX pipeline through diffusers' loader."""
+"""The subject LoRA, UNO's as released or another: found, checked key by key, and put on FLUX by diffusers' loader."""
 
 import re
 from pathlib import Path
 
+import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from huggingface_hub import hf_hub_download
 from safetensors import safe_open
@@ -14,17 +15,17 @@ LAYOUT = re.compile(r"(double|single)_blocks\.\d+\.processor\.")
 def load_subject_lora(pipeline: FluxPipeline, source: str | Path, revision: str | None = None) -> None:
     """Puts the LoRA on the pipeline's transformer; `source` is the file, a folder that holds it, or a hub id.
 
-    Raises ValueError for a file in UNO's layout that lacks a key of this transformer or has one of another shape:
-    diffusers would load the rest, and the base would silently be another model.
+    Raises ValueError for a key that belongs nowhere in this transformer or has another shape, and for a file in UNO's
+    layout that lacks one: diffusers would load the rest, or nothing, and the base would silently be another model.
     """
     path = _file(source, revision)
     with safe_open(path, "pt") as file:
         found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (it is no dict)
     if any(LAYOUT.match(key) for key in found):
         _check(found, pipeline.transformer)
-    pipeline.load_lora_weights(
-        str(path.parent), weight_name=path.name, adapter_name="subject", use_safetensors=True, local_files_only=True
-    )
+    local = {"weight_name": path.name, "use_safetensors": True, "local_files_only": True}
+    _check_places(pipeline.lora_state_dict(str(path.parent), **local), pipeline.transformer)
+    pipeline.load_lora_weights(str(path.parent), adapter_name="subject", **local)
 
 
 def _file(source: str | Path, revision: str | None) -> Path:
@@ -34,7 +35,27 @@ def _file(source: str | Path, revision: str | None) -> Path:
         if len(files) != 1:
             raise ValueError(f"the folder holds {len(files)} safetensors files: name the one to use")
         return files[0]
+    if path.exists() and path.suffix != ".safetensors":
+        raise ValueError("it is no safetensors file, and the kit loads nothing else: convert it where you trust it")
     return path if path.suffix == ".safetensors" else Path(hf_hub_download(str(source), RELEASED, revision=revision))
+
+
+def _check_places(state: dict[str, torch.Tensor], transformer: FluxTransformer2DModel) -> None:
+    """Whether every weight, under the name that diffusers gives it whatever the file's layout, has a layer to go to."""
+    layers = {f"transformer.{n}": m for n, m in transformer.named_modules() if hasattr(m, "in_features")}
+    for key, weight in state.items():
+        name, _, part = key.partition(".lora_")
+        if f"transformer.{name}" in layers:
+            raise ValueError(
+                f"its key {key} lacks the prefix 'transformer.': write it with diffusers' save_lora_weights"
+            )
+        if name not in layers or not part:
+            raise ValueError(f"its key {key} belongs to nothing in the transformer, so it is no LoRA of this model")
+        width = {"A.weight": ("in_features", -1), "B.weight": ("out_features", 0)}.get(part)
+        if width and weight.shape[width[1]] != getattr(layers[name], width[0]):
+            raise ValueError(f"its key {key} has the shape {tuple(weight.shape)}, which does not fit this model")
+    if not state:
+        raise ValueError("it holds no weights")
 
 
 def _check(found: dict[str, tuple[int, ...]], transformer: FluxTransformer2DModel) -> None:

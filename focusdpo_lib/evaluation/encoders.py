@@ -25,6 +25,10 @@ _OPEN_CLIP_PRECISION = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"
 Picture = Image.Image | str | Path
 
 
+# Whose first token is the class token, on its patches alone: DINO v1 (and the toybox's), DINOv2, DINOv3.
+DINO_TYPES = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
+
+
 class EncoderError(RuntimeError):
     """An encoder that cannot be loaded; the message says which, where and what to do."""
 
@@ -78,13 +82,16 @@ def preprocess(image: Image.Image, resize: int, crop: int, mean: Sequence[float]
 
 
 class DinoEncoder:
-    """The CLS token of a transformers ViT (DINO v1 as published, DINOv2, the toybox's), from a folder or hub id."""
+    """The CLS token of a transformers ViT (DINO v1 as published, DINOv2, DINOv3, the toybox's): a folder or hub id."""
 
     def __init__(self, model: str, device: str = "cpu", batch_size: int = 64):
-        from transformers import AutoModel  # seconds, as open_clip below
+        from transformers import AutoConfig, AutoModel  # seconds, as open_clip below
 
         try:
             with _quietly():
+                kind = AutoConfig.from_pretrained(model).model_type
+                if kind not in DINO_TYPES:
+                    raise ValueError(f"it is a {kind}, and a DINO score needs one of {', '.join(DINO_TYPES)}")
                 loaded, report = AutoModel.from_pretrained(model, output_loading_info=True)
         except (OSError, ValueError) as error:
             raise EncoderError(cannot_load("dino", model, error)) from None

@@ -39,7 +39,7 @@ STEPS = {
     "reader": 2000,
     "dino": 2000,
     "clip": 3000,
-    "flux_uno": 18000,
+    "flux_uno": 14000,
     "flux_uno_guidance": 1500,  # its distillation
     "sdxl_ip": 7000,
 }
