@@ -162,9 +162,9 @@ class Generation(Section):
     references: Literal["listed", "all"] = "listed"  # what goes in: the photo that the case list names, or all of the
     # subject's, as PatchDPO measured (one subject only)
     size: int = Field(64, gt=0)  # pixels, height and width
-    reference_size: int = Field(32, gt=0)  # long side of a reference, in pixels, when there is one …
-    references_size: int = Field(32, gt=0)  # … and when there are several
-    resampling: Literal["box", "lanczos"] = "box"  # of references
+    reference_size: int = Field(32, gt=0)  # of flux_uno: long side of a reference, in pixels, when there is one …
+    references_size: int = Field(32, gt=0)  # … and when there are several (an IP-Adapter's image encoder has its own)
+    resampling: Literal["box", "bicubic", "lanczos"] = "box"  # of references
     steps: int = Field(20, gt=0)
     guidance: float = Field(1.0, ge=0)
     images_per_prompt: int = Field(1, gt=0)

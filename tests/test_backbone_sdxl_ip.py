@@ -341,6 +341,18 @@ def test_settings_load_it_and_what_is_missing_is_named(folder, tmp_path):
         load(ip_weights="other.safetensors")
 
 
+@pytest.mark.parametrize("size", [(96, 64), (64, 200), (128, 128)])
+def test_a_photo_is_seen_in_sampling_as_it_is_in_training(backbone, size):
+    """Fine stripes, whichever way the photo lies: neither side is scaled below the encoder's and blown up again."""
+    x, y = np.mgrid[0 : size[1], 0 : size[0]][::-1]
+    fine = (127.5 + 127.5 * np.sin(x / 1.5) * np.sin(y / 1.5)).round().astype(np.uint8)
+    photo = Image.fromarray(np.dstack([fine] * 3))
+    whole = torch.from_numpy(np.asarray(photo, np.float32)).permute(2, 0, 1)[None] / 127.5 - 1  # as from a dataset
+    trained, sampled = clip_pixels(whole, 32), clip_pixels(backbone.reference(photo, 8, "bicubic")[None], 32)
+    assert sampled.shape == (1, 3, 32, 32) and trained.std() > 0.05
+    assert (trained - sampled).abs().max() < 0.02 * trained.std() + 0.02  # what rounding to 256 levels leaves
+
+
 def ip_adapter(tmp_path, **changes):
     """The tiny IP-Adapter with other weights in its file."""
     write_tiny_sdxl(tmp_path)

@@ -8,11 +8,13 @@ import torch
 from PIL import Image
 from tiny_models import write_tiny_sdxl_ip
 from tiny_training import load_tiny
+from transformers import CLIPImageProcessorPil
 
 from focusdpo_lib import params, stages
 from focusdpo_lib.backbones import SdxlIp
+from focusdpo_lib.backbones.references import centre_square, long_side
 from focusdpo_lib.evaluation.benchmark import Benchmark, BenchmarkError
-from focusdpo_lib.generation import generate, image_name, image_seed, reference_pixels
+from focusdpo_lib.generation import generate, image_name, image_seed
 from focusdpo_lib.generation import images as generation
 from focusdpo_lib.toybox.benchmark import write_benchmark
 from focusdpo_lib.toybox.world import Identity, halve, photo
@@ -194,24 +196,32 @@ def noise_photo(width, height):
 def test_references_are_scaled_to_their_long_side_and_cut_to_multiples_of_16_as_uno_does(size, resized, box):
     picture = noise_photo(*size)
     expected = np.asarray(picture.resize(resized, Image.Resampling.LANCZOS).crop(box), np.float32) / 127.5 - 1
-    ours = reference_pixels(picture, 512, 16, "lanczos")
+    ours = long_side(picture, 512, 16, "lanczos")
     assert torch.equal(ours, torch.from_numpy(expected).permute(2, 0, 1))
 
 
 def test_a_very_long_reference_keeps_one_multiple():
-    assert reference_pixels(noise_photo(400, 10), 64, 16).shape == (3, 16, 64)
+    assert long_side(noise_photo(400, 10), 64, 16, "box").shape == (3, 16, 64)
 
 
 def test_a_toybox_photo_becomes_the_reference_that_training_saw():
     picture = photo(MUG, 1)
-    ours = (reference_pixels(Image.fromarray(picture), 32, 8) + 1) * 127.5
+    ours = (long_side(Image.fromarray(picture), 32, 8, "box") + 1) * 127.5
     trained = torch.from_numpy(halve(picture)).permute(2, 0, 1)
     assert (ours - trained).abs().max() <= 1  # Pillow rounds rows and columns one after the other
 
 
+@pytest.mark.parametrize("size", [(300, 300), (600, 400), (400, 601), (1024, 256)])
+def test_a_photo_for_clip_is_scaled_as_its_own_processor_does(size):
+    picture = noise_photo(*size)
+    published = CLIPImageProcessorPil(size={"shortest_edge": 224}, crop_size=224, do_normalize=False)
+    expected = torch.from_numpy(published(picture, return_tensors="np")["pixel_values"][0])
+    assert torch.allclose((centre_square(picture, 224, "bicubic") + 1) / 2, expected, atol=1e-6)
+
+
 def test_several_references_have_their_own_size(backbone, folder, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(generation, "reference_pixels", lambda *a: seen.append(a[1]) or torch.zeros(3, 32, 32))
+    monkeypatch.setattr(backbone, "reference", lambda *a: seen.append(a[1]) or torch.zeros(3, 32, 32))
     for kind, count in (("single", 1), ("multi", 2)):
         generate(
             backbone, some_cases(folder, kind, 1), tmp_path / kind, settings(reference_size=48, references_size=40)

@@ -11,10 +11,12 @@ from contextlib import contextmanager
 import torch
 from diffusers import FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from PIL import Image
 
 from focusdpo_lib.backbones.conditioning import Conditioning
 from focusdpo_lib.backbones.culprits import blaming
 from focusdpo_lib.backbones.family import QUANTIZED, TEXT_PARTS, Family, chosen_precision, compute_in, loading
+from focusdpo_lib.backbones.references import long_side
 from focusdpo_lib.backbones.subject_lora import load_subject_lora
 from focusdpo_lib.backbones.tokens import attention_hooks, output_hook, pack, position_ids, unpack
 
@@ -120,6 +122,10 @@ class FluxUno(Family):
         """Prompts → T5 token embeddings (B, L, d) and CLIP's pooled embedding (B, d_pooled)."""
         text, pooled, _ = self.pipeline.encode_prompt(texts, texts, self.device, max_sequence_length=self.text_length)
         return text, pooled
+
+    def reference(self, photo: Image.Image, side: int, resampling: str) -> torch.Tensor:
+        """A photo as UNO takes it: its long side scaled to `side`, cut to whole tokens."""
+        return long_side(photo, side, self.multiple, resampling)
 
     @torch.no_grad()
     def encode_references(self, images: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:

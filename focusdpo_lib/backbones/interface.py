@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from PIL import Image
 from torch import nn
 
 from focusdpo_lib.backbones.conditioning import Conditioning
@@ -31,6 +32,9 @@ class Backbone(Protocol):
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents → pixels."""
+
+    def reference(self, photo: Image.Image, side: int, resampling: str) -> torch.Tensor:
+        """Pixels (3, h, w) in [-1, 1] of an RGB photo as the model takes its references."""
 
     def condition(
         self,

@@ -15,6 +15,7 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.embeddings import IPAdapterPlusImageProjection
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPVisionModelWithProjection
@@ -22,6 +23,7 @@ from transformers import CLIPVisionModelWithProjection
 from focusdpo_lib.backbones.conditioning import Conditioning, View
 from focusdpo_lib.backbones.culprits import blaming
 from focusdpo_lib.backbones.family import QUANTIZED, TEXT_PARTS, Family, chosen_precision, compute_in, loading
+from focusdpo_lib.backbones.references import centre_square
 
 # R17: every attention's q, k, v and output, and IP-Adapter's own keys and values.
 LORA_TARGETS = r".*\.attn[12]\.(to_[qkv]|to_out\.0|processor\.to_[kv]_ip\.\d+)"
@@ -171,6 +173,13 @@ class SdxlIp(Family):
         """Prompts → token embeddings of both encoders (B, L, d) and the second's pooled embedding (B, d_pooled)."""
         text, _, pooled, _ = self.pipeline.encode_prompt(texts, device=self.device, do_classifier_free_guidance=False)
         return text, pooled
+
+    def reference(self, photo: Image.Image, side: int, resampling: str) -> torch.Tensor:
+        """A photo as CLIP takes it, whatever `side` says: scaled once, to the size of the image encoder.
+
+        `encode_references` does the same with the larger references of training, so that both see the same detail.
+        """
+        return centre_square(photo, self.pipeline.image_encoder.config.image_size, resampling)
 
     @torch.no_grad()
     def encode_references(self, images: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:

@@ -5,7 +5,6 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -16,7 +15,6 @@ from focusdpo_lib.evaluation.benchmark import Benchmark, Case, open_image
 from focusdpo_lib.runs import atomic
 
 IMAGES = "images"
-RESAMPLING = {"box": Image.Resampling.BOX, "lanczos": Image.Resampling.LANCZOS}
 
 
 def image_name(case: Case, index: int) -> str:
@@ -26,20 +24,6 @@ def image_name(case: Case, index: int) -> str:
 def image_seed(base: int, case: Case, index: int) -> int:
     """The seed of one image: it depends on subjects, prompt and index alone, not on the order or number of cases."""
     return (base + index + zlib.crc32(f"{case.unit}|{case.prompt}".encode())) % 2**63
-
-
-def reference_pixels(photo: Image.Image, long_side: int, multiple: int, resampling: str = "box") -> torch.Tensor:
-    """A photo as the model's reference, (3, h, w) in [-1, 1]: scaled to a long side, centre-cropped to multiples.
-
-    As UNO does for its references (512 pixels for one, 320 for several, multiples of 16), rounding down as it does.
-    """
-    scale = long_side / max(photo.size)
-    width, height = (long_side if side == max(photo.size) else max(multiple, int(side * scale)) for side in photo.size)
-    photo = photo.resize((width, height), RESAMPLING[resampling])
-    w, h = width // multiple * multiple, height // multiple * multiple
-    left, top = (width - w) // 2, (height - h) // 2
-    pixels = np.asarray(photo.crop((left, top, left + w, top + h)), np.float32)
-    return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
 
 
 def save_images(pixels: torch.Tensor, paths: Sequence[Path]) -> None:
@@ -71,7 +55,7 @@ def generate(
         if not (out / image_name(case, index)).exists()
     ]
     bar = tqdm(total=len(todo), desc="images", unit="image", mininterval=5, file=sys.stdout, ncols=90, disable=not todo)
-    for batch, references in _batches(todo, settings, 2 * backbone.stride):
+    for batch, references in _batches(todo, settings, backbone):
         conditioning = backbone.condition([case.prompt for case, _ in batch], references)
         seeds = [image_seed(settings.seed, case, index) for case, index in batch]
         size = (settings.size, settings.size)
@@ -82,7 +66,9 @@ def generate(
     return out
 
 
-def _batches(todo: list[tuple[Case, int]], settings: params.Generation, multiple: int) -> Iterator[tuple[list, list]]:
+def _batches(
+    todo: list[tuple[Case, int]], settings: params.Generation, backbone: Backbone
+) -> Iterator[tuple[list, list]]:
     """Batches whose cases have references of the same number and sizes, with those references stacked by subject."""
     photos: dict[Path, torch.Tensor] = {}
     groups: dict[tuple, list[tuple[Case, int]]] = {}
@@ -90,7 +76,7 @@ def _batches(todo: list[tuple[Case, int]], settings: params.Generation, multiple
         for path in case.references:
             if path not in photos:
                 side = settings.reference_size if len(case.references) == 1 else settings.references_size
-                photos[path] = reference_pixels(open_image(path), side, multiple, settings.resampling)
+                photos[path] = backbone.reference(open_image(path), side, settings.resampling)
         sizes = tuple(photos[path].shape for path in case.references)
         groups.setdefault(sizes, []).append((case, index))
     for items in groups.values():
