@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -16,11 +17,12 @@ from tiny_training import TRAINING
 
 from focusdpo_lib import params, stages
 from focusdpo_lib.runs import RunError, is_complete
-from focusdpo_lib.training import ADAPTER, TrainingError, launch
+from focusdpo_lib.training import ADAPTER, TrainingError, launch, ranks
 from focusdpo_lib.training.checkpoints import CHECKPOINT, held
 
 WEIGHTS = f"{ADAPTER}/pytorch_lora_weights.safetensors"
 DIP = params.Dip(train_pairs=16, validation_pairs=1)
+LEFT_BEHIND = {"WORLD_SIZE": "4", "RANK": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29513"}
 
 
 @pytest.fixture(autouse=True)
@@ -95,14 +97,50 @@ def test_two_machines_compute_what_two_processes_of_one_do(results, tiny_flux):
     assert all(torch.allclose(value, theirs[name], atol=1e-6) for name, value in ours.items())
 
 
-def test_what_a_process_said_comes_back_as_one_sentence(tmp_path):
-    """Here that another number of processes was started than the run asks for, said before a model is loaded."""
+def test_what_a_process_said_comes_back_as_one_sentence(tmp_path, monkeypatch):
+    """Here that another number of processes was started than the run asks for, said before a model is loaded.
+
+    A job script has left variables behind, which would make the one process wait for three others.
+    """
+    for name, value in LEFT_BEHIND.items():
+        monkeypatch.setenv(name, value)
     asked = {name: params.section(name).model_dump() for name in ("backbone", "objective", "masks")}
     asked["training"] = params.section("training", {"processes": 2}).model_dump()
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(asked))
     with pytest.raises(TrainingError, match=r"^1 processes were started for training\.processes = 2: give") as caught:
         launch.run(launch.command(tmp_path, tmp_path / "prepared", 1, params.Launch()), tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rank", "sentence"),
+    [(0, "not all machines came within 0 minutes: start"), (1, "the first machine cannot be reach")],
+)
+def test_a_meeting_that_nobody_joins_ends_with_a_sentence(tmp_path, monkeypatch, rank, sentence):
+    monkeypatch.setattr(launch, "MEETING", timedelta(seconds=2))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    several = params.Launch(machines=2, main_address="127.0.0.1", main_port=port)
+    with pytest.raises(TrainingError, match=f"^{sentence}"):
+        launch.run(launch.command(tmp_path, tmp_path / "prepared", 2, several, rank), tmp_path, rank)
+
+
+def test_variables_of_another_launcher_are_cleared_and_named(capsys):
+    found = {"WORLD_SIZE": "4", "MASTER_ADDR": "node7", "OMPI_COMM_WORLD_RANK": "1", "ACCELERATE_USE_FSDP": "true"}
+    environment = found | {"PATH": "/bin", "OMP_NUM_THREADS": "2", "SLURM_JOB_ID": "7"}
+    ranks.clear(environment)
+    assert set(environment) == {"PATH", "OMP_NUM_THREADS", "SLURM_JOB_ID"}
+    assert capsys.readouterr().out.startswith("ACCELERATE_USE_FSDP, MASTER_ADDR, OMPI_COMM_WORLD_RANK, WORLD_SIZE of")
+    ranks.clear(environment)
+    assert not capsys.readouterr().out
+
+
+def test_a_job_script_s_ranks_do_not_make_a_training_wait(results, tiny_flux, monkeypatch, capsys):
+    for name, value in LEFT_BEHIND.items():
+        monkeypatch.setenv(name, value)
+    assert is_complete(train(results, tiny_flux, "left", steps=1))
+    assert "of another launcher are ignored" in capsys.readouterr().out
 
 
 def test_a_process_that_was_killed_leaves_a_run_that_goes_on(results, tiny_flux, tmp_path, monkeypatch):

@@ -570,9 +570,17 @@ def test_a_loss_that_is_no_number_names_the_pairs_and_keeps_the_checkpoint(prepa
     message = str(caught.value)
     assert message.startswith("the loss of step 3 is nan on the pairs ")
     assert all(pairs.ids[i] in message for i in at(3).rows)
-    assert "\n" not in message
+    assert "\n" not in message and message.endswith("the last checkpoint is kept, and the run goes on from it")
     assert read_log(tmp_path)["step"].max() == 2
     assert all(torch.isfinite(value).all() for value in load_file(tmp_path / CHECKPOINT).values())
+
+
+def test_at_the_first_step_neither_a_checkpoint_nor_a_learning_rate_is_spoken_of(prepared, tiny_flux, tmp_path):
+    pairs = replace(prepared[1], win=torch.full_like(prepared[1].win, float("inf")))
+    with pytest.raises(
+        TrainingError, match=r"^the loss of step 0 is nan .* look at them or set backbone.precision to fl"
+    ):
+        tiny_train(tiny_flux, {1: pairs}, tmp_path, "sft", steps=2)
 
 
 def test_a_gradient_that_is_no_number_never_reaches_a_checkpoint(prepared, backbone, tmp_path):

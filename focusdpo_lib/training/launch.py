@@ -25,13 +25,14 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 
 from focusdpo_lib import backbones, params, provenance, runs
-from focusdpo_lib.training import TrainingError, train
+from focusdpo_lib.training import TrainingError, ranks, train
 from focusdpo_lib.training.memory import MemoryAdvice
 from focusdpo_lib.training.pairs import load
 
 FACTS = "processes.json"  # the device and peak memory of every process
 LOG = "launch-{}.log"  # what the processes of a machine write to stderr; kept when they fail
 ERROR = "error: "
+MEETING = timedelta(minutes=10)  # how long a machine waits for the others
 CONFIG = "accelerate.yaml"  # in place of what the user once answered to `accelerate config`, which would be taken else
 NOTHING = {
     "compute_environment": "LOCAL_MACHINE",
@@ -60,6 +61,7 @@ def command(folder: Path, prepared: Path, processes: int, launch: params.Launch,
         "machine_rank": machine_rank,
         "main_process_ip": launch.main_address,
         "main_process_port": launch.main_port,
+        "rdzv_conf": f"timeout={int(MEETING.total_seconds())}",
         "mixed_precision": "no",  # the backbone has its own autocast: one process and several compute the same
         "dynamo_backend": "no",
     }
@@ -77,11 +79,10 @@ def run(words: Sequence[str], folder: Path, machine_rank: int = 0) -> None:
     log, text = Path(folder) / LOG.format(machine_rank), codecs.getincrementaldecoder("utf-8")("replace")
     threads = os.environ.get("OMP_NUM_THREADS", "1")  # as accelerate chooses, but without saying so
     runs.write_text(Path(folder) / CONFIG, yaml.safe_dump(NOTHING))
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
+    ranks.clear(environment)
     with open(log, "wb") as errors:
-        child = subprocess.Popen(
-            words, stdout=subprocess.PIPE, stderr=errors, start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"},
-        )  # fmt: skip
+        child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=errors, start_new_session=True, env=environment)
         try:
             while shown := child.stdout.read1(4096):
                 print(text.decode(shown), end="", flush=True)
@@ -100,6 +101,12 @@ def _what_failed(log: Path, code: int) -> str:
     said = next((line.removeprefix(ERROR) for line in lines if line.startswith(ERROR)), None)
     if said is None and (code == -signal.SIGKILL or any("SIGKILL" in line or "exitcode: -9" in line for line in lines)):
         said = f"a process was killed, most often for want of main memory; it goes on from its checkpoint (see {log})"
+    if said is None and any("DistStoreError" in line for line in lines):
+        said = f"not all machines came within {MEETING.seconds // 60} minutes: start the command on each (see {log})"
+    if said is None and any("DistNetworkError" in line for line in lines):
+        said = (
+            f"the first machine cannot be reached: start it, and correct launch.main_address and main_port (see {log})"
+        )
     return said or f"a process ended with exit code {code}; {log} says why"
 
 

@@ -9,7 +9,7 @@ computes.
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +25,8 @@ from focusdpo_lib.backbones import Backbone, Conditioning
 from focusdpo_lib.masks import CorrespondenceTap, Focus, focus_field
 from focusdpo_lib.objectives import Objective, errors_outside, flow_weight, patchdpo_loss, preference_loss, sft_loss
 from focusdpo_lib.runs import atomic
-from focusdpo_lib.training.checkpoints import LOG, append_log, cut_log, held, resume, save_checkpoint
+from focusdpo_lib.training import ranks
+from focusdpo_lib.training.checkpoints import CHECKPOINT, LOG, append_log, cut_log, held, resume, save_checkpoint
 from focusdpo_lib.training.pairs import PreparedPairs
 from focusdpo_lib.training.signs import failure_signs, flat_detail
 
@@ -250,7 +251,10 @@ def train(
     Goes on from the checkpoint in `folder` where there is one. `stop_after` ends the run early, at that step, as a kill
     would. Raises TrainingError when the loss or a gradient is not a number, naming the pairs; the checkpoint stays.
     """
-    folder, accelerator = Path(folder), accelerator or Accelerator(cpu=backbone.device.type == "cpu")
+    folder = Path(folder)
+    if accelerator is None:
+        ranks.clear()
+        accelerator = Accelerator(cpu=backbone.device.type == "cpu")
     with held(folder) if accelerator.is_main_process else nullcontext():
         return _train(backbone, data, folder, objective, masks, training, accelerator, stop_after)
 
@@ -280,9 +284,10 @@ def _train(backbone, data, folder, objective, masks, training, accelerator, stop
     for step in tqdm(range(first, last), initial=first, total=training.steps, unit="step", mininterval=5, ncols=90,
                      file=sys.stdout, desc=objective.name, disable=not accelerator.is_main_process):  # fmt: skip
         draw = at(step)
-        entries = _gradients(backbone, data[draw.count], draw, step, objective, masks, training, accelerator)
-        norm = _update(weights, optimizer, training, step, accelerator, _loss_scale(backbone))
-        _require_finite(norm, f"the gradient of step {step}", data[draw.count], draw.rows)
+        with _checkpoint_is_said(folder):
+            entries = _gradients(backbone, data[draw.count], draw, step, objective, masks, training, accelerator)
+            norm = _update(weights, optimizer, training, step, accelerator, _loss_scale(backbone))
+            _require_finite(norm, "gradient", step, data[draw.count], draw.rows)
         if accelerator.is_main_process:
             append_log(folder, entries)
             if (step + 1) % training.checkpoint_every == 0 or step + 1 == training.steps:
@@ -318,7 +323,7 @@ def _gradients(backbone, pairs, draw, step, objective, masks, training, accelera
     for start in range(begin, begin + share, training.batch_size):
         part = draw.part(start, start + training.batch_size)
         loss, focus = step_objective(backbone, pairs, part, objective, masks)
-        _require_finite(loss.loss, f"the loss of step {step}", pairs, part.rows)
+        _require_finite(loss.loss, "loss", step, pairs, part.rows)
         (loss.loss * _loss_scale(backbone) / training.gradient_accumulation).backward()
         entries += log_rows(step, pairs, part, loss, focus, masks.tau)
     return gather_object(entries) if accelerator.num_processes > 1 else entries
@@ -356,10 +361,23 @@ def _update(
     return norm
 
 
-def _require_finite(value: torch.Tensor, what: str, pairs: PreparedPairs, rows: torch.Tensor) -> None:
+def _require_finite(value: torch.Tensor, what: str, step: int, pairs: PreparedPairs, rows: torch.Tensor) -> None:
     if not torch.isfinite(value):
         names = ", ".join(pairs.ids[row] for row in rows.tolist())
+        remedy = (
+            "lower training.learning_rate" if step else "set backbone.precision to float32"
+        )  # untrained: no rate yet
         raise TrainingError(
-            f"{what} is {value.item()} on the pairs {names}: look at them or lower training.learning_rate; the last "
-            "checkpoint is kept, and the run goes on from it"
+            f"the {what} of step {step} is {value.item()} on the pairs {names}: look at them or {remedy}"
         )
+
+
+@contextmanager
+def _checkpoint_is_said(folder: Path):
+    """Within this context a TrainingError also says that the checkpoint stays, where there is one."""
+    try:
+        yield
+    except TrainingError as error:
+        if (folder / CHECKPOINT).is_file():
+            raise TrainingError(f"{error}; the last checkpoint is kept, and the run goes on from it") from None
+        raise
