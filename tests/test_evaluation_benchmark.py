@@ -1,7 +1,9 @@
 """The loader reads DreamBench and the toybox alike, and refuses what cannot be scored. Counts are DreamBench's own."""
 
 import json
+import re
 import shutil
+import unicodedata
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -113,16 +115,89 @@ def test_first_prompts_keeps_the_ids_of_the_full_list(folder):
         ("multi", {"image_paths": ["x/cat/00.png"]}, "has 1 references where the 'multi' list takes 2"),
         ("single", {"prompt": "a car and a cat in the snow"}, "names 1 × car and 1 × cat .* references show 1 × car"),
         ("single", {"prompt": "a red mug in the snow"}, "names 1 × mug .* references show 1 × car"),
-        ("single", {"prompt": "snow"}, "names no subject"),
+        ("single", {"prompt": "a photo of a red mug"}, "names 1 × mug .* references show 1 × car"),
+        ("single", {"prompt": None}, "needs a text as 'prompt'"),
+        ("single", {"prompt": " "}, "needs a text as 'prompt'"),
+        ("single", {"image_paths": "x/cat/00.png"}, "and a list 'image_paths'"),
+        ("single", {"classes": "car"}, "gives as 'classes' 'car': give one word for each"),
+        ("single", {"classes": ["car", "cat"]}, "give one word for each"),
         ("single", {"image_paths": ["x/unicorn/00.png"]}, "refers to unicorn/00.png, which the dataset does not have"),
         ("single", {"image_paths": ["x/car/09.png"]}, "refers to car/09.png"),
-        ("single", {"image_paths": None}, "needs a 'prompt' and a list 'image_paths'"),
+        ("single", {"image_paths": None}, "needs a text as 'prompt' and a list 'image_paths'"),
     ],
 )
 def test_a_case_whose_references_do_not_match_its_prompt_is_refused(folder, kind, changes, message):
     edit(folder, kind, **changes)
     with pytest.raises(BenchmarkError, match=message):
         Benchmark.load(folder, kind)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "null", '"a"'])
+def test_a_list_without_cases_is_refused(folder, content):
+    (folder / "cases_single.json").write_text(content)
+    with pytest.raises(BenchmarkError, match=r"cases_single.json holds no list of cases"):
+        Benchmark.load(folder, "single")
+
+
+@pytest.mark.parametrize("entry", ['"a car"', "3", "null", '{"prompts": ["a car"]}'])
+def test_a_case_that_is_none_is_refused(folder, entry):
+    (folder / "cases_single.json").write_text(f"[{entry}]")
+    with pytest.raises(BenchmarkError, match=r"case 0 of .* needs a text as 'prompt'"):
+        Benchmark.load(folder, "single")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "values"),
+    [
+        ("THE car, at night", {}),
+        ("my very old, rusty and well-loved car under a bridge", {}),
+        ("two cars in the snow", {}),
+        ("a car parked beside a cat mural", {}),  # scenery
+        ("a photo of a car with a cat on it", {}),
+        ("a little automobile in the snow", {"classes": ["automobile"]}),
+    ],
+)
+def test_prompts_in_words_of_one_s_own_are_taken(folder, prompt, values, recwarn):
+    edit(folder, "single", prompt=prompt, image_paths=["x/car/00.png"], **values)
+    assert Benchmark.load(folder, "single").cases[7].prompt == prompt and not recwarn.list
+
+
+@pytest.mark.parametrize("prompt", ["a vehicle in the snow", "snow", "a cat looking at a car"])
+def test_where_it_cannot_tell_it_says_so_once_and_goes_on(folder, prompt):
+    cases = json.loads((folder / "cases_single.json").read_text())
+    for case in cases[:2]:
+        case |= {"prompt": prompt, "image_paths": ["x/car/00.png"]}
+    (folder / "cases_single.json").write_text(json.dumps(cases))
+    with pytest.warns(
+        UserWarning, match=r"case 0 names .*\(1 more cases are like it\).*list these as 'classes'"
+    ) as said:
+        assert len(Benchmark.load(folder, "single").cases) == len(cases)
+    assert len(said) == 1
+
+
+def test_names_are_compared_as_they_are_typed_and_files_are_utf_8_whatever_marks_them(folder):
+    composed, decomposed = (unicodedata.normalize(form, "Tür+Öl") for form in ("NFC", "NFD"))
+    (folder / "dataset" / "cat").rename(folder / "dataset" / decomposed)
+    classes = folder / "dataset" / "prompts_and_classes.txt"
+    text = "\ufeff" + re.sub(r"^cat,", f"{composed},", classes.read_text("utf-8"), count=1, flags=re.MULTILINE)
+    classes.write_text(text, encoding="utf-8")
+    entry = {"prompt": "a cat", "image_paths": [f"x/{composed}/00.png"]}
+    (folder / "list.json").write_text("\ufeff" + json.dumps([entry], ensure_ascii=False), encoding="utf-8")
+    benchmark = Benchmark.load(folder, "single", folder / "list.json")
+    assert benchmark.units == [composed] and benchmark.subjects_of == {composed: (composed,)}
+    assert benchmark.same_class_units == [] and benchmark.cases[0].references[0].is_file()
+
+
+def test_a_file_in_another_encoding_is_named(folder):
+    (folder / "cases_single.json").write_bytes('["Tür"]'.encode("utf-16"))
+    with pytest.raises(BenchmarkError, match=r"cases_single.json is no UTF-8 text .*: save it as UTF-8"):
+        Benchmark.load(folder, "single")
+
+
+def test_what_lies_beside_the_photos_and_is_none_is_named(folder):
+    (folder / "dataset" / "cat" / "06.heic").touch()
+    with pytest.warns(UserWarning, match=r"cat holds what counts as no photo: 06.heic"):
+        Benchmark.load(folder, "single")
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P"])

@@ -8,6 +8,7 @@ import ast
 import hashlib
 import json
 import re
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Iterable
@@ -17,6 +18,7 @@ from pathlib import Path
 from PIL import Image
 
 from focusdpo_lib import pictures
+from focusdpo_lib.evaluation import wording
 
 KINDS = {"single": 1, "multi": 2}  # references a case
 
@@ -69,11 +71,13 @@ class Benchmark:
             raise BenchmarkError(f"benchmark kind '{kind}' is unknown: choose one of {', '.join(KINDS)}")
         classes, prompts = read_prompts_and_classes(folder / "dataset" / "prompts_and_classes.txt")
         attributes = _read_json(folder / "attributes.json") if (folder / "attributes.json").exists() else {}
-        subjects = {n: _subject(folder / "dataset" / n, c, attributes.get(n)) for n, c in classes.items()}
+        places = {_composed(p.name): p for p in (folder / "dataset").iterdir()}
+        subjects = {
+            n: _subject(places.get(n, folder / "dataset" / n), n, c, attributes.get(n)) for n, c in classes.items()
+        }
         photo_hash = _photo_hash(subjects.values())
         path = Path(cases) if cases else folder / f"cases_{kind}.json"
-        listed = tuple(_case(i, entry, subjects, kind, path) for i, entry in enumerate(_read_json(path)))
-        return cls(folder, kind, subjects, listed, prompts, photo_hash)
+        return cls(folder, kind, subjects, _cases(_read_json(path), subjects, kind, path), prompts, photo_hash)
 
     @property
     def hash(self) -> str:
@@ -85,7 +89,12 @@ class Benchmark:
     @property
     def units(self) -> list[str]:
         """The subjects, or pairs of subjects, in the order of the case list."""
-        return list(dict.fromkeys(case.unit for case in self.cases))
+        return list(self.subjects_of)
+
+    @property
+    def subjects_of(self) -> dict[str, tuple[str, ...]]:
+        """The names of the subjects of every unit."""
+        return {case.unit: case.subjects for case in self.cases}
 
     @property
     def has_attributes(self) -> bool:
@@ -95,7 +104,8 @@ class Benchmark:
     @property
     def same_class_units(self) -> list[str]:
         """Pairs whose subjects share a class word: their prompts ("a dog and a dog") cannot tell which is which."""
-        return [u for u in self.units if len({self.subjects[n].class_name for n in u.split("+")}) < len(u.split("+"))]
+        subjects = self.subjects_of.items()
+        return [unit for unit, names in subjects if len({self.subjects[n].class_name for n in names}) < len(names)]
 
     def first_prompts(self, count: int | None) -> "Benchmark":
         """The same benchmark with the first `count` prompts of every unit (none: all); case ids stay as they are."""
@@ -119,17 +129,14 @@ class Benchmark:
 
 def read_prompts_and_classes(path: Path) -> tuple[dict[str, str], dict[str, list[str]]]:
     """DreamBench's prompts_and_classes.txt → {subject: class}, {"object": templates, "live": templates}."""
-    try:
-        text = path.read_text()
-    except OSError:
-        raise BenchmarkError(
-            f"{path} is missing: point at a folder whose 'dataset' is laid out as DreamBench"
-        ) from None
+    text = _read(path, "point at a folder whose 'dataset' is laid out as DreamBench")
     parts = re.fullmatch(r"\s*Classes(.*?)\nPrompts.*?Object Prompts(.*?)Live Subject Prompts(.*)", text, re.DOTALL)
     rows = re.findall(r"^([^,\n]+),([^,\n]+)$", parts[1], re.MULTILINE) if parts else []
     if not parts or not rows[1:]:
         raise BenchmarkError(f"{path} is not in DreamBench's syntax (Classes, Object Prompts, Live Subject Prompts)")
-    classes = {name.strip(): class_name.strip() for name, class_name in rows[1:]}  # the first row is the header
+    classes = {
+        _composed(name.strip()): class_name.strip() for name, class_name in rows[1:]
+    }  # the first row is the header
     quoted = re.compile(r"""^('.*'|".*")\.format""", re.MULTILINE)
     object_prompts, live_prompts = ([ast.literal_eval(q) for q in quoted.findall(part)] for part in parts.groups()[1:])
     return classes, {"object": object_prompts, "live": live_prompts}
@@ -143,13 +150,13 @@ def open_image(picture: str | Path | Image.Image) -> Image.Image:
         raise BenchmarkError(str(error)) from None
 
 
-def _subject(folder: Path, class_name: str, attributes: dict | None) -> Subject:
+def _subject(folder: Path, name: str, class_name: str, attributes: dict | None) -> Subject:
     photos, others = pictures.photos(folder)
     if others:
         warnings.warn(f"{folder} holds what counts as no photo: {', '.join(others)}", stacklevel=4)
     if not photos:
-        raise BenchmarkError(f"{folder} holds no photo of the subject '{folder.name}': fetch the dataset again")
-    return Subject(folder.name, class_name, tuple(photos), attributes)
+        raise BenchmarkError(f"{folder} holds no photo of the subject '{name}': fetch the dataset again")
+    return Subject(name, class_name, tuple(photos), attributes)
 
 
 def _photo_hash(subjects: Iterable[Subject]) -> str:
@@ -161,46 +168,75 @@ def _photo_hash(subjects: Iterable[Subject]) -> str:
     return digest.hexdigest()
 
 
-def _case(index: int, entry: dict, subjects: dict[str, Subject], kind: str, where: Path) -> Case:
-    """Checks one entry of a case list: {"prompt": …, "image_paths": [".../<subject>/<photo>", …]}."""
-    case = f"case {index} of {where}"
-    try:
-        prompt, paths = entry["prompt"], [Path(p) for p in entry["image_paths"]]
-    except (KeyError, TypeError):
-        raise BenchmarkError(f"{case} needs a 'prompt' and a list 'image_paths', as in UNO's lists") from None
+def _cases(entries: list, subjects: dict[str, Subject], kind: str, path: Path) -> tuple[Case, ...]:
+    """Checks a case list: [{"prompt": …, "image_paths": [".../<subject>/<photo>", …]}, …].
+
+    An entry may say under "classes" by which words its prompt names the subjects, one a reference.
+    """
+    if not isinstance(entries, list) or not entries:
+        raise BenchmarkError(f"{path} holds no list of cases: write [{{'prompt': …, 'image_paths': […]}}, …]")
+    words, cases, doubts = {s.class_name for s in subjects.values()}, [], []
+    for index, entry in enumerate(entries):
+        where = f"case {index} of {path}"
+        prompt, chosen, photos = _entry(entry, subjects, kind, where)
+        expected = entry.get("classes") or [subject.class_name for subject in chosen]
+        if not isinstance(expected, list) or len(expected) != len(chosen) or not all(map(_is_text, expected)):
+            raise BenchmarkError(f"{where} gives as 'classes' {expected!r}: give one word for each of its references")
+        found, certain = wording.problem(prompt, expected, words)
+        found = found and f"{found} in '{prompt}' but its references show {wording.counted(Counter(expected))}"
+        if found and certain:
+            raise BenchmarkError(f"{where} {found}: give one reference for every subject that the prompt names")
+        doubts += [f"case {index} {found}"] if found else []
+        cases.append(Case(f"{index:04d}", prompt, tuple(s.name for s in chosen), photos))
+    if doubts:
+        more = f" ({len(doubts) - 1} more cases are like it)" if doubts[1:] else ""
+        warnings.warn(f"{path}: {doubts[0]}{more}; if other words mean them, list these as 'classes'", stacklevel=3)
+    return tuple(cases)
+
+
+def _entry(entry, subjects: dict[str, Subject], kind: str, where: str) -> tuple[str, list[Subject], tuple[Path, ...]]:
+    """The prompt of one entry, its subjects and their reference photos."""
+    prompt, paths = (entry.get("prompt"), entry.get("image_paths")) if isinstance(entry, dict) else (None, None)
+    if not (_is_text(prompt) and isinstance(paths, list) and all(map(_is_text, paths))):
+        raise BenchmarkError(f"{where} needs a text as 'prompt' and a list 'image_paths', as in UNO's lists")
     if len(paths) != KINDS[kind]:
         raise BenchmarkError(
-            f"{case} has {len(paths)} references where the '{kind}' list takes {KINDS[kind]}: correct it"
+            f"{where} has {len(paths)} references where the '{kind}' list takes {KINDS[kind]}: correct it"
         )
-    for path in paths:
-        known = subjects.get(path.parent.name)
-        if known is None or path.name not in {p.name for p in known.photos}:
-            raise BenchmarkError(f"{case} refers to {path.parent.name}/{path.name}, which the dataset does not have")
-    chosen = [subjects[path.parent.name] for path in paths]
-    expected = Counter(subject.class_name for subject in chosen)
-    if (named := _named(prompt, {s.class_name for s in subjects.values()})) != expected:
-        raise BenchmarkError(
-            f"{case} names {_count(named)} in '{prompt}' but its references show {_count(expected)}: "
-            "give one reference for every subject that the prompt names"
+    chosen, photos = [], []
+    for path in map(Path, paths):
+        subject = subjects.get(_composed(path.parent.name))
+        photo = (
+            next((p for p in subject.photos if _composed(p.name) == _composed(path.name)), None) if subject else None
         )
-    references = tuple(subject.photos[0].parent / path.name for subject, path in zip(chosen, paths, strict=True))
-    return Case(f"{index:04d}", prompt, tuple(s.name for s in chosen), references)
+        if photo is None:
+            raise BenchmarkError(f"{where} refers to {path.parent.name}/{path.name}, which the dataset does not have")
+        chosen.append(subject)
+        photos.append(photo)
+    return prompt, chosen, tuple(photos)
 
 
-def _named(prompt: str, class_names: set[str]) -> Counter:
-    """How often a prompt names each class as a subject: "a", at most two adjectives, and the class word."""
-    words = "|".join(sorted(map(re.escape, class_names), key=len, reverse=True))
-    return Counter(re.findall(rf"\ban?(?: \w+){{0,2}}? ({words})\b", prompt))
+def _is_text(value) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
-def _count(names: Counter) -> str:
-    return " and ".join(f"{count} × {name}" for name, count in sorted(names.items())) or "no subject"
+def _composed(name: str) -> str:
+    """A name as it is typed: macOS writes an é in a file name as two letters."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _read(path: Path, remedy: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # a byte-order mark is no letter
+    except UnicodeDecodeError as error:
+        raise BenchmarkError(f"{path} is no UTF-8 text ({error.reason}): save it as UTF-8") from None
+    except OSError:
+        raise BenchmarkError(f"{path} is missing: {remedy}") from None
 
 
 def _read_json(path: Path):
+    text = _read(path, "write the benchmark again, or name the case list to use")
     try:
-        return json.loads(path.read_text())
-    except OSError:
-        raise BenchmarkError(f"{path} is missing: write the benchmark again, or name the case list to use") from None
+        return json.loads(text)
     except ValueError as error:
         raise BenchmarkError(f"{path} is not valid JSON ({error}): fetch or write it again") from None

@@ -64,8 +64,8 @@ def score_photos(benchmark: Benchmark, encoders: Encoders, settings: Evaluation)
     rows = []
     for metric, encoder in (("dino", encoders.dino), ("clip_i", encoders.clip)):
         embeddings = _photo_embeddings(benchmark, encoder)
-        for unit in benchmark.units:
-            for name in unit.split("+"):
+        for unit, names in benchmark.subjects_of.items():
+            for name in names:
                 value = _mean_of_pairs(embeddings[name], name)
                 rows.append((unit, 0, unit, "", metric, name, value, 1.0))
     return _table(rows, benchmark, encoders, settings, None)

@@ -21,7 +21,7 @@ MEANING = {
 
 def write_card(folder: Path) -> None:
     """Writes README.md and curves.png of a weights folder from its card.json and curves.json."""
-    card, curves = (json.loads((folder / name).read_text()) for name in (CARD, CURVES))
+    card, curves = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (CARD, CURVES))
     with atomic(folder / FIGURE) as partial:
         figure = curves_figure(curves)
         figure.savefig(partial, dpi=80)

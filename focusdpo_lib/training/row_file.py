@@ -33,7 +33,7 @@ class RowFile:
 
     def _done(self) -> int:
         """The rows that are safely in the unfinished file."""
-        return int(self.progress.read_text()) if self.part.exists() and self.progress.exists() else 0
+        return int(self.progress.read_text(encoding="utf-8")) if self.part.exists() and self.progress.exists() else 0
 
     def _finish(self) -> None:
         """Gives the file its name once it has all rows; a kill may have come between."""
