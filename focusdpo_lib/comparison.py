@@ -120,12 +120,18 @@ def score_rows(
     evaluation: params.Evaluation,
     families: Mapping[str, params.FamilyRows],
 ) -> dict[str, list[pd.DataFrame]]:
-    """Scores by row, one table a training seed, with the anchors `photos` and `copy`; what `tables.table` takes."""
+    """Scores by row, one table a training seed, with the anchors `photos` and `copy`; what `tables.table` takes.
+
+    The anchor `photos` compares each subject's photos with each other: where one has a single photo, it is left out.
+    """
     few = benchmark.first_prompts(prompts(families))
-    rows = {
-        "photos": [scores.score_photos(few, encoders, evaluation)],
-        "copy": [scores.score_copy(few, encoders, evaluation)],
-    }
+    rows = {}
+    names = dict.fromkeys(name for case in few.cases for name in case.subjects)
+    if single := [name for name in names if len(few.subjects[name].photos) < 2]:
+        print(f"The anchor 'photos' is left out: there is one photo only of {', '.join(single)}.")
+    else:
+        rows["photos"] = [scores.score_photos(few, encoders, evaluation)]
+    rows["copy"] = [scores.score_copy(few, encoders, evaluation)]
     for row, made in folders.items():
         if row == ORACLE:  # an anchor: no sampling settings stand behind it
             rows[row] = [scores.score_images(few, made[0] / IMAGES, encoders, evaluation, None)]

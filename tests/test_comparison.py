@@ -1,5 +1,6 @@
 """Tables of a benchmark whose attributes nobody knows, as DreamBench's: what only attributes tell is left out."""
 
+import json
 from pathlib import Path
 
 import nbformat
@@ -57,6 +58,26 @@ def test_a_notebook_leaves_out_what_only_attributes_tell_and_says_so(ran, name, 
     assert "less is better" not in (ran / "tables" / name / "table.md").read_text()
     figures = {path.stem for path in (ran / "tables" / name).glob("*.png")}
     assert figures == {"samples", "means"}
+
+
+def test_a_benchmark_of_one_case_with_one_photo_a_subject_goes_through_the_notebook(tmp_path, models):
+    """The other subjects have no prompts; the anchor that needs two photos is left out, and said to be."""
+    folder = write_benchmark(tmp_path / "small", seed=1)
+    (folder / "attributes.json").unlink()
+    for photo in folder.glob("dataset/*/*.png"):
+        if photo.stem != "00":
+            photo.unlink()
+    cases = json.loads((folder / "cases_single.json").read_text("utf-8"))[:1]
+    cases[0]["image_paths"] = [str(Path(cases[0]["image_paths"][0]).with_name("00.png"))]
+    (folder / "cases_single.json").write_text(json.dumps(cases), encoding="utf-8")
+    profile = write_tiny_profile(ROOT / "params" / "smoke", tmp_path / "params", models, BOOKS)
+    over = {"results": str(tmp_path), "benchmark.folder": str(folder)}
+    book = ROOT / "notebooks" / f"{BOOKS['04_table1']}.ipynb"
+    batch.execute(Job(book, tmp_path / "notebooks" / "small", profile / "04_table1.yaml", over), warm=True)
+    said = str(nbformat.read(tmp_path / "notebooks" / "small" / "small.ipynb", 4).cells)
+    assert "The anchor 'photos' is left out: there is one photo only of" in said
+    result = pd.read_csv(tmp_path / "tables" / "table1" / "table.csv")
+    assert result["row"].drop_duplicates().tolist() == ["copy of the reference", "UNO", "IPAP"]
 
 
 @needs_data

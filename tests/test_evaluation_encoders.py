@@ -226,3 +226,12 @@ def test_only_models_whose_first_token_is_the_class_token_score(tmp_path):
         assert tokens.shape[1] == 1 + 3 + 14 * 14 and dino.patches(pixels).shape == (1, 14 * 14, 24)
         photo = picture(300, 260)
         assert (dino.images([photo]) @ dino.images([photo]).T).item() == pytest.approx(1, abs=1e-6)
+
+
+def test_prompts_longer_than_clip_reads_are_counted(weights):
+    """Its 16 tokens are a beginning, an end and 14 words; what comes behind does not move the embedding."""
+    clip = ClipEncoder(str(weights / "clip"))
+    fits, longer = " ".join(["dog"] * 14), " ".join(["dog"] * 14 + ["cat"])
+    assert clip.cut([fits, "a dog"]) is None
+    assert clip.cut([fits, longer, longer + " hat", "a dog"]) == "2 of 4, after 16 tokens"
+    assert torch.equal(*clip.texts([fits, longer]))

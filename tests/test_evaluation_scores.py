@@ -43,6 +43,9 @@ class Angles:
     def texts(self, prompts):
         return self._vectors([PROMPTS[p] for p in prompts])
 
+    def cut(self, prompts):
+        return None
+
     def _vectors(self, degrees):
         angle = torch.deg2rad(torch.tensor(degrees, dtype=torch.float32))
         return torch.stack([angle.cos(), angle.sin()], -1)

@@ -152,6 +152,13 @@ class ClipEncoder:
         """N prompts → unit vectors (N, d)."""
         return _batched(prompts, self.batch_size, lambda p: self.model.encode_text(self.tokenizer(p).to(self.device)))
 
+    def cut(self, prompts: Sequence[str]) -> str | None:
+        """How many prompts are longer than the model reads, in words; None where it reads them all."""
+        length = self.tokenizer.context_length
+        tokens = self.tokenizer([*prompts, ""], context_length=4 * length)
+        longer = int((tokens[:-1, length:] != tokens[-1, -1]).any(1).sum())  # past it an empty prompt is all padding
+        return f"{longer} of {len(prompts)}, after {length} tokens" if longer else None
+
     def _encode_images(self, pictures: Sequence[Picture]) -> torch.Tensor:
         pixels = torch.stack([self.preprocess(open_image(p)) for p in pictures])
         return self.model.encode_image(pixels.to(self.device, self.dtype))

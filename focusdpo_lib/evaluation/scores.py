@@ -79,6 +79,7 @@ def protocol(
     return {
         "benchmark": f"{benchmark.kind} {benchmark.hash}",
         "encoders": encoders.ids,
+        "prompts that CLIP cuts": encoders.clip.cut(list(dict.fromkeys(case.prompt for case in benchmark.cases))),
         "evaluation": {name: getattr(settings, name) for name in SCORING_SETTINGS},
         "generation": sampling,  # how many prompts were taken is in the benchmark's hash
     }
