@@ -40,7 +40,7 @@ def adapters(results: Path, families: Mapping[str, params.FamilyRows]) -> tuple[
     found, missing = {}, []
     named = {f"{family}_{o}": names for family, rows in families.items() for o, names in rows.adapters}
     for row, name in ((row, name) for row, names in named.items() for name in names):
-        folder = Path(results) / "training" / name
+        folder = runs.home(results) / "training" / name
         if runs.is_complete(folder):
             _check_base(folder, row, backbones.pinned(families[family_of(row)].backbone, results))
             found.setdefault(row, []).append(folder)
@@ -79,13 +79,25 @@ def oracle_images(results: Path, benchmark: Benchmark, prompts: int | None = Non
     """The anchor `oracle`: every case rendered with the true identities, in the layout of a generation run."""
     benchmark = benchmark.first_prompts(prompts)
     settings = {"kind": benchmark.kind, "prompts": prompts}
-    job = Run(Path(results) / "generation" / benchmark.kind / ORACLE, settings, {"benchmark": benchmark.hash})
+    job = Run(runs.home(results) / "generation" / benchmark.kind / ORACLE, settings, {"benchmark": benchmark.hash})
     if not job.complete:
         with job:
             for case in benchmark.cases:
                 with atomic(job.folder / IMAGES / image_name(case, 0)) as partial:
                     Image.fromarray(render_case(benchmark, case)).save(partial)
     return job.folder
+
+
+def load_encoders(
+    benchmark: Benchmark, evaluation: params.Evaluation, families: Mapping[str, params.FamilyRows]
+) -> Encoders:
+    """The encoders of a table, before any image is made for it: what cannot be scored need not be sampled.
+
+    Raises EncoderError, and BenchmarkError where `evaluation` does not fit the cases or how they are sampled.
+    """
+    for rows in families.values():
+        scores.check(benchmark, evaluation, rows.generation)
+    return stages.load_encoders(evaluation)
 
 
 def make_images(
@@ -186,7 +198,7 @@ def save_table(
     results: Path, name: str, result: pd.DataFrame, figures: Mapping[str, Figure | None], inputs: Mapping[str, Path]
 ) -> Path:
     """Keeps a table (text, Markdown, CSV) and its figures at results/tables/<name>, whole, in place of an older one."""
-    folder = Path(results) / "tables" / name
+    folder = runs.home(results) / "tables" / name
     with atomic(folder) as partial, Run(partial, {"protocol": result.attrs["protocol"]}, inputs):
         for suffix, form in (("txt", tables.text), ("md", tables.markdown)):
             (partial / f"table.{suffix}").write_text(form(result), encoding="utf-8")

@@ -6,13 +6,17 @@ type or a value out of range is an error that names the key. The defaults are th
 of each open point of the paper (R1 … R21) is named beside its switch.
 """
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from focusdpo_lib import strict_yaml
 
+Place = Annotated[
+    str, AfterValidator(os.path.expanduser)
+]  # a path, whose ~ is the user's folder, or a name in its stead
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 SHIPPED = Path(__file__).parent / "toybox" / "weights"  # what a setting calls "toybox"
 
@@ -38,20 +42,20 @@ FAMILY_SETTINGS = {
 
 class Backbone(Section):
     family: Literal["flux_uno", "sdxl_ip"] = "flux_uno"
-    model: str = "toybox"  # a pipeline folder or hub id; "toybox" is the model shipped with the package
+    model: Place = "toybox"  # a pipeline folder or hub id; "toybox" is the model shipped with the package
     revision: str | None = None
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of arithmetic; auto: as `weights`, or
     # bfloat16 wherever the device computes in it
     weights: Literal["float32", "bfloat16", "float16", "int8", "nf4"] = "float32"  # how the frozen base is held
 
     # flux_uno alone
-    subject_lora: str | None = None  # UNO's released LoRA file or hub id: part of the base, never switched off
+    subject_lora: Place | None = None  # UNO's released LoRA file or hub id: part of the base, never switched off
     subject_revision: str | None = None
     position_mode: Literal["d", "h", "w", "o"] = "d"  # UNO's offset of the reference position ids
     sampling_shift: Literal["uno", "library"] = "uno"  # the token count that shifts a sampling run's times
 
     # sdxl_ip alone
-    ip_adapter: str | None = None  # folder or hub id of weights and image encoder; none: the model's own `ip_adapter`
+    ip_adapter: Place | None = None  # folder or hub id of weights and image encoder; none: the model's own `ip_adapter`
     ip_revision: str | None = None
     ip_weights: str = "sdxl_models/ip-adapter-plus_sdxl_vit-h.safetensors"  # in it
     ip_encoder: str = "models/image_encoder"  # in it
@@ -75,7 +79,9 @@ class Backbone(Section):
 
 
 class Dip(Section):
-    folder: str | None = None  # pairs made elsewhere, in the kit's format: nothing is built, and the rest says nothing
+    folder: Place | None = (
+        None  # pairs made elsewhere, in the kit's format: nothing is built, and the rest says nothing
+    )
     tolerance: int = Field(0, ge=0, le=255)  # of those: grey levels by which win and lose may differ outside the masks,
     # where the dataset itself does not say more
     train_pairs: int = Field(1600, gt=0)
@@ -123,7 +129,7 @@ class Objective(Section):
     mask_power: Literal[1, 2] = 2  # R11
     reduction: Literal["mean", "sum", "masked_mean"] = "mean"  # R13
     flow_weight: Literal["velocity", "epsilon"] = "velocity"  # R14
-    patch_encoder: str = "toybox"  # PatchDPO: the vision encoder (a DINO model) whose patches rate quality
+    patch_encoder: Place = "toybox"  # PatchDPO: the vision encoder (a DINO model) whose patches rate quality
 
 
 class Lora(Section):
@@ -177,21 +183,21 @@ class Evaluation(Section):
     references: Literal["all", "used", "unused"] = "all"  # photos a generated image is scored against
     subjects: Literal["both", "mean", "min"] = "both"  # several subjects: their mean, their minimum, or two columns
     average: Literal["subject", "image"] = "subject"  # per subject (or pair) then mean, or over all images
-    dino: str = "toybox"  # a folder or hub id of a ViT; "toybox" is the model shipped with the package
-    clip: str = "toybox"  # "<open_clip name>/<pretrained tag>", "hf-hub:<id>", or a folder that open_clip wrote
+    dino: Place = "toybox"  # a folder or hub id of a ViT; "toybox" is the model shipped with the package
+    clip: Place = "toybox"  # "<open_clip name>/<pretrained tag>", "hf-hub:<id>", or a folder that open_clip wrote
     clip_precision: Literal["float32", "float16", "bfloat16"] = "float32"
     clip_text_weight: float = Field(1.0, gt=0)
     clip_text_clamp: bool = True  # CLIP-T = weight · max(cosine, 0), or the cosine as it is
-    reader: str | None = "toybox"  # recovers attributes; only where the benchmark knows them
+    reader: Place | None = "toybox"  # recovers attributes; only where the benchmark knows them
     batch_size: int = Field(64, gt=0)  # images an encoder takes at once
     bootstrap: int = Field(2000, gt=0)
     seed: Seed = 0  # of the bootstrap
 
 
 class Benchmark(Section):
-    folder: str = "toybox"  # in DreamBench's layout; "toybox" is written under the results, attributes known
-    single: str | None = None  # the list of its one-subject cases, in UNO's format; none: its own cases_single.json
-    multi: str | None = None  # of its two-subject cases; none: its own cases_multi.json
+    folder: Place = "toybox"  # in DreamBench's layout; "toybox" is written under the results, attributes known
+    single: Place | None = None  # the list of its one-subject cases, in UNO's format; none: its own cases_single.json
+    multi: Place | None = None  # of its two-subject cases; none: its own cases_multi.json
 
 
 class Adapters(Section):

@@ -87,6 +87,21 @@ def locked(path: Path, waiting: str | None = None) -> Iterator[None]:
         yield
 
 
+def home(folder: str | Path) -> Path:
+    """A folder of results; ~ is the user's own."""
+    return Path(folder).expanduser()
+
+
+def require_space(folder: Path, needed: int, what: str) -> None:
+    """Raises RunError where the disk that `folder` will lie on has less room than `what` takes, in bytes."""
+    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if (free := shutil.disk_usage(there).free) < needed:
+        raise RunError(
+            f"{what} will take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free where {folder} lies: free some "
+            "disk space, or name another folder of results"
+        )
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Writes a text file, whole or not at all."""
     with atomic(path) as partial:
@@ -184,7 +199,7 @@ class Run:
     def __init__(
         self, folder: str | Path, params: Mapping[str, Any], inputs: Mapping[str, Path | str] | None = None
     ) -> None:
-        self.folder = Path(folder)
+        self.folder = home(folder)
         self.params = plain(params)
         self.inputs = {name: {"what": str(what), "hash": fingerprint(what)} for name, what in (inputs or {}).items()}
         hashes = {name: entry["hash"] for name, entry in self.inputs.items()}

@@ -19,11 +19,11 @@ from focusdpo_lib.backbones import best_device
 from focusdpo_lib.dip import dataset
 from focusdpo_lib.dip import toybox as dip_toybox
 from focusdpo_lib.evaluation import encoders
-from focusdpo_lib.evaluation.benchmark import Benchmark
+from focusdpo_lib.evaluation.benchmark import KINDS, Benchmark
 from focusdpo_lib.evaluation.encoders import DinoEncoder, Encoders
 from focusdpo_lib.evaluation.scores import score_images
 from focusdpo_lib.generation import IMAGES, generate
-from focusdpo_lib.runs import INPUTS, Run, RunError, atomic, fingerprint, is_complete
+from focusdpo_lib.runs import INPUTS, Run, RunError, atomic, fingerprint, home, is_complete
 from focusdpo_lib.toybox import attributes
 from focusdpo_lib.toybox.benchmark import write_benchmark
 from focusdpo_lib.training import ADAPTER, CHECKPOINT, adapter_card, train
@@ -50,6 +50,23 @@ def load_encoders(settings: params.Evaluation) -> Encoders:
     return encoders.load_encoders(settings, best_device(), reader)
 
 
+def check_training(
+    results: Path, dip: params.Dip, objective: params.Objective, benchmark: params.Benchmark, samples: int
+) -> None:
+    """Looks at the start for what notebook 03 needs at its end: held-out pairs, cases to sample, PatchDPO's encoder.
+
+    Raises DatasetError, BenchmarkError, EncoderError or ParameterError.
+    """
+    if not isinstance(samples, int) or samples < 1:
+        raise params.ParameterError(f"samples = {samples!r} is not accepted: give how many cases to draw, at least 1")
+    if dip.folder is not None:
+        dataset.read_dataset(dip.folder, ["train", "validation"], check=False)
+    for kind in KINDS:
+        load_benchmark(results, benchmark, kind, split="validation")
+    if objective.name == "patchdpo":
+        DinoEncoder(params.shipped("dino", objective.patch_encoder))
+
+
 def build_pairs(results: Path, run: str, dip: params.Dip) -> Path:
     """Stage dip: the preference pairs of the toybox world, or the folder of pairs that the settings name.
 
@@ -59,7 +76,7 @@ def build_pairs(results: Path, run: str, dip: params.Dip) -> Path:
         if not (Path(dip.folder) / "train.parquet").is_file():
             raise RunError(f"dip.folder = {dip.folder} holds no train.parquet: correct it, or make the pairs first")
         return Path(dip.folder)
-    job = Run(Path(results) / "dip" / run, {"dip": dip})
+    job = Run(home(results) / "dip" / run, {"dip": dip})
     with job.alone():
         if not job.complete:
             with job:
@@ -88,7 +105,7 @@ def prepare_pairs(
         inputs["patch_encoder"] = Path(patch_encoder) if Path(patch_encoder).is_dir() else patch_encoder
     of_masks = {name: getattr(masks, name) for name in PREPARED_BY}
     settings = {"backbone": backbone, "masks": of_masks}
-    job = Run(Path(results) / "prepared", settings, inputs)
+    job = Run(home(results) / "prepared", settings, inputs)
     job.folder /= job.fingerprint[:16]
     if not job.complete and own_process:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -133,10 +150,10 @@ def train_adapter(
     if encoder is not None:
         inputs["patch_encoder"] = Path(encoder) if Path(encoder).is_dir() else str(encoder)
     if training.compile:  # kept for the runs to come, of any process
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(results).resolve() / "compiled"))
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home(results).resolve() / "compiled"))
     if objective.name == "focusdpo" and masks.pool == "subject":
         dataset.require_reference_masks(pairs)
-    job = Run(Path(results) / "training" / run, settings, inputs)
+    job = Run(home(results) / "training" / run, settings, inputs)
     if not job.complete:
         alone = training.processes is None
         apart = not alone and best_device() != "cpu"
@@ -173,7 +190,7 @@ def other_base(adapter: Path, backbone: params.Backbone) -> str | None:
 
 def toybox_benchmark(results: Path, split: str = "test", seed: int = 0) -> Path:
     """The toybox's benchmark of 30 held-out identities, written once."""
-    folder = Path(results) / "benchmark" / f"{split}-{seed}"
+    folder = home(results) / "benchmark" / f"{split}-{seed}"
     return folder if folder.exists() else write_benchmark(folder, seed, split)
 
 
@@ -207,7 +224,7 @@ def generate_images(
             raise RunError(other)
         inputs["adapter"] = Path(adapter)
     settings = {"backbone": backbone, "generation": generation, "kind": benchmark.kind}
-    job = Run(Path(results) / "generation" / benchmark.kind / run, settings, inputs)
+    job = Run(home(results) / "generation" / benchmark.kind / run, settings, inputs)
     if not job.complete:
         with job, MemoryAdvice(backbone):
             model = backbones.load(backbone, best_device())
@@ -230,7 +247,7 @@ def score(
     benchmark = benchmark.first_prompts(generation.prompts)
     settings = {"evaluation": evaluation, "kind": benchmark.kind}
     inputs = {"images": Path(images), "benchmark": benchmark.hash, **{k: str(v) for k, v in encoders.ids.items()}}
-    job = Run(Path(results) / "scores" / benchmark.kind / run, settings, inputs)
+    job = Run(home(results) / "scores" / benchmark.kind / run, settings, inputs)
     if not job.complete:
         with job:
             scores = score_images(benchmark, Path(images) / IMAGES, encoders, evaluation, generation)

@@ -13,6 +13,7 @@ from tiny_training import TRAINING
 from focusdpo_lib import params, stages
 from focusdpo_lib.dip.dataset import DatasetError, read_dataset, write_dataset
 from focusdpo_lib.evaluation.benchmark import Benchmark, BenchmarkError
+from focusdpo_lib.evaluation.encoders import EncoderError
 from focusdpo_lib.runs import RunError, is_complete
 from focusdpo_lib.training import ADAPTER, CHECKPOINT, LOG
 from focusdpo_lib.training.pairs import load
@@ -108,6 +109,48 @@ def test_a_benchmark_is_the_toybox_s_of_a_split_or_a_folder_with_lists_of_its_ow
     assert len(stages.load_benchmark(results, chosen, "single").cases) == 300  # its own list
     with pytest.raises(BenchmarkError, match="nowhere"):
         stages.load_benchmark(results, params.Benchmark(folder=str(tmp_path / "nowhere")), "single")
+
+
+def test_what_the_end_of_a_training_needs_is_looked_at_before(results, pairs_run, tmp_path):
+    def check(objective=None, benchmark=None, samples=2, **dip):
+        objective = params.section("objective", {"name": "dpo"} | (objective or {}))
+        stages.check_training(results, params.Dip(**dip), objective, params.Benchmark(**(benchmark or {})), samples)
+
+    check()
+    check(folder=str(pairs_run))
+    (tmp_path / "pairs").mkdir()
+    shutil.copy(pairs_run / "train.parquet", tmp_path / "pairs")
+    with pytest.raises(DatasetError, match=r"validation.parquet does not exist"):
+        check(folder=str(tmp_path / "pairs"))
+    with pytest.raises(BenchmarkError, match=r"nowhere\.json is missing"):
+        check(benchmark={"multi": str(tmp_path / "nowhere.json"), "folder": str(stages.toybox_benchmark(results))})
+    with pytest.raises(EncoderError, match="cannot be loaded"):
+        check(objective={"name": "patchdpo", "patch_encoder": str(tmp_path)})
+    for samples in (0, -1, "4"):
+        with pytest.raises(params.ParameterError, match=r"^samples = .* at least 1"):
+            check(samples=samples)
+
+
+def test_a_tilde_is_the_users_own_folder(results, tiny_flux, pairs_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").symlink_to(tiny_flux)
+    (tmp_path / "pairs").symlink_to(pairs_run)
+    pairs = stages.build_pairs("~/results", "", params.section("dip", {"folder": "~/pairs"}))
+    folder = train("~/results", "~/model", pairs, objective="sft")
+    assert folder == tmp_path / "results" / "training" / "run" and (folder / ADAPTER).is_dir()
+    assert stages.toybox_benchmark("~/results").parent == tmp_path / "results" / "benchmark"
+
+
+def test_a_disk_that_will_not_do_is_said_before_the_first_step(results, tiny_flux, pairs_run, tmp_path, monkeypatch):
+    stages.prepare_pairs(results, pairs_run, params.Backbone(model=str(tiny_flux)), params.Masks())
+    room = shutil.disk_usage(tmp_path)._replace(free=10_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: room)
+    with pytest.raises(RunError, match=r"^checkpoint and adapter will take 0.0 GB .*: free some disk space"):
+        train(results, tiny_flux, pairs_run, "full")
+    assert not (results / "training" / "full" / LOG).exists()
+    benchmark = Benchmark.load(stages.toybox_benchmark(results), "single")
+    with pytest.raises(RunError, match=r"^300 images of 64 pixels will take"):
+        stages.generate_images(results, "full", benchmark, params.Backbone(model=str(tiny_flux)), ONE_STEP)
 
 
 def test_images_come_from_the_base_or_a_complete_training_and_are_made_once(results, tiny_flux, pairs_run):

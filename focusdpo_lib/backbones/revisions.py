@@ -8,7 +8,7 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 
 from focusdpo_lib import params
-from focusdpo_lib.runs import LOCK, locked, write_text
+from focusdpo_lib.runs import LOCK, home, locked, write_text
 
 REVISIONS = {"model": "revision", "subject_lora": "subject_revision", "ip_adapter": "ip_revision"}
 PINS = "revisions"  # in a results folder: a file for each hub model that the settings give no revision of
@@ -34,7 +34,7 @@ def pinned(settings: params.Backbone, results: str | Path) -> params.Backbone:
     for name, revision in REVISIONS.items():
         source = getattr(settings, name)
         if source and getattr(settings, revision) is None and is_hub_id(source):
-            found[revision] = _pin(source, Path(results) / PINS)
+            found[revision] = _pin(source, home(results) / PINS)
     return settings.model_copy(update={name: commit for name, commit in found.items() if commit})
 
 

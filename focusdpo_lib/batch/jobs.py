@@ -170,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m focusdpo_lib.batch", description=__doc__.splitlines()[0])
     parser.add_argument("notebook", type=Path)
     parser.add_argument("params", type=Path, nargs="+", help="YAML files; the name of each is the name of its run")
-    parser.add_argument("--into", type=Path, required=True, help="folder of the executed notebooks")
+    parser.add_argument("--into", type=runs.home, required=True, help="folder of the executed notebooks")
     add_overrides(parser)
     given = parser.parse_args(arguments)
     try:

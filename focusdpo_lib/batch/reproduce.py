@@ -296,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     of = {"nargs": "+", "choices": FAMILIES, "default": list(FAMILIES)}
     parser.add_argument("--families", **of, help="train and show these alone; Table 2 has UNO's rows only")
     parser.add_argument("--params", type=Path, default=Path("params"))
-    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--results", type=runs.home, default=Path("results"))
     parser.add_argument("--notebooks", type=Path, default=Path("notebooks"))
     parser.add_argument("--reference", type=Path, help="when all is complete, keep tables, figures and HTML here")
     add_overrides(parser)

@@ -20,13 +20,12 @@ from typing import Any
 
 import pandas as pd
 
-from focusdpo_lib import params, stages
+from focusdpo_lib import params, runs, stages
 from focusdpo_lib.batch.jobs import time_left
 from focusdpo_lib.evaluation import statistics
 from focusdpo_lib.evaluation.benchmark import KINDS, Benchmark
 from focusdpo_lib.evaluation.encoders import Encoders
 from focusdpo_lib.params import ParameterError
-from focusdpo_lib.runs import atomic
 
 YAML = "search.yaml"
 SHARED = ("backbone", "dip", "masks", "training", "benchmark", "generation", "evaluation")  # what all trials share
@@ -88,7 +87,11 @@ def read(path: str | Path) -> Settings:
 
 
 def _grid(objective: str, grid: Any, path: str | Path) -> Iterator[Trial]:
-    """The product of a grid's lists, each trial checked as the sections check it."""
+    """The product of a grid's lists, or of each of several grids; each trial checked as the sections check it."""
+    if isinstance(grid, list) and grid:
+        for part in grid:
+            yield from _grid(objective, part, path)
+        return
     pairwise = objective in ("dpo", "focusdpo")
     keys = ("learning_rate", "beta", "steps") if pairwise else ("learning_rate", "steps")
     if pairwise and isinstance(grid, dict) and "reduction" in grid:
@@ -167,7 +170,7 @@ def _write(rows: pd.DataFrame, path: Path, keep: bool) -> None:
     rows = rows.reindex(columns=[*key, *rows.columns.drop(key, errors="ignore")])  # the base alone has none of them
     if keep and path.exists():
         rows = pd.concat([rows, pd.read_csv(path)]).drop_duplicates(key)
-    with atomic(path) as partial:
+    with runs.atomic(path) as partial:
         rows.to_csv(partial, index=False)
 
 
@@ -182,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--profile", default="toybox", help="folder of params/ that holds the file")
     parser.add_argument("--file", default=YAML, help="the YAML of the search; another family has its own")
     parser.add_argument("--params", type=Path, default=Path("params"))
-    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--results", type=runs.home, default=Path("results"))
     parser.add_argument("--objectives", nargs="+", help="only these (for searching several at a time)")
     given = parser.parse_args(arguments)
     path = given.params / given.profile / given.file

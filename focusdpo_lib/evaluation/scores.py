@@ -32,11 +32,7 @@ def score_images(
     Raises FileNotFoundError that lists the missing images: none is skipped. BenchmarkError where `settings` tells the
     photos that went in from the others and all of them did.
     """
-    if generation and generation.references == "all" and settings.references != "all":
-        raise BenchmarkError(
-            f"evaluation.references cannot be '{settings.references}' where every photo went in "
-            "(generation.references all): set it to 'all'"
-        )
+    check(benchmark, settings, generation)
     folder, count = Path(folder), generation.images_per_prompt if generation else 1
     sources = {(case, k): folder / f"{case.id}_{k}.png" for case in benchmark.cases for k in range(count)}
     missing = [path.name for path in sources.values() if not path.is_file()]
@@ -46,6 +42,18 @@ def score_images(
             f"{folder} lacks {len(missing)} of {len(sources)} images ({shown}): generate them first"
         )
     return _scored(benchmark, sources, encoders, settings, generation)
+
+
+def check(benchmark: Benchmark, settings: Evaluation, generation: Generation | None) -> None:
+    """Raises BenchmarkError where `settings` cannot score the cases, which can be said before an image is made."""
+    if generation and generation.references == "all" and settings.references != "all":
+        raise BenchmarkError(
+            f"evaluation.references cannot be '{settings.references}' where every photo went in "
+            "(generation.references all): set it to 'all'"
+        )
+    for case in benchmark.cases:
+        for name, reference in zip(case.subjects, case.references, strict=True):
+            _scoring_photos(benchmark, name, reference, settings.references)
 
 
 def score_copy(benchmark: Benchmark, encoders: Encoders, settings: Evaluation) -> pd.DataFrame:

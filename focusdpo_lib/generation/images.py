@@ -12,9 +12,10 @@ from tqdm import tqdm
 from focusdpo_lib import params
 from focusdpo_lib.backbones import Backbone
 from focusdpo_lib.evaluation.benchmark import Benchmark, Case, open_image
-from focusdpo_lib.runs import atomic
+from focusdpo_lib.runs import atomic, require_space
 
 IMAGES = "images"
+BYTES = 2  # a pixel of a PNG, about: three are what a picture of noise takes
 
 
 def image_name(case: Case, index: int) -> str:
@@ -54,6 +55,7 @@ def generate(
         for index in range(settings.images_per_prompt)
         if not (out / image_name(case, index)).exists()
     ]
+    require_space(out, len(todo) * settings.size**2 * BYTES, f"{len(todo)} images of {settings.size} pixels")
     bar = tqdm(total=len(todo), desc="images", unit="image", mininterval=5, file=sys.stdout, ncols=90, disable=not todo)
     for batch, references in _batches(todo, settings, backbone):
         conditioning = backbone.condition([case.prompt for case, _ in batch], references)

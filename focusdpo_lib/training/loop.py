@@ -24,7 +24,7 @@ from focusdpo_lib import params
 from focusdpo_lib.backbones import Backbone, Conditioning
 from focusdpo_lib.masks import CorrespondenceTap, Focus, focus_field
 from focusdpo_lib.objectives import Objective, errors_outside, flow_weight, patchdpo_loss, preference_loss, sft_loss
-from focusdpo_lib.runs import atomic
+from focusdpo_lib.runs import atomic, require_space
 from focusdpo_lib.training import ranks
 from focusdpo_lib.training.checkpoints import CHECKPOINT, LOG, append_log, cut_log, held, resume, save_checkpoint
 from focusdpo_lib.training.pairs import PreparedPairs
@@ -276,6 +276,11 @@ def _train(backbone, data, folder, objective, masks, training, accelerator, stop
     weights = backbone.adapter_parameters()
     optimizer = new_optimizer(weights, training)
     first = resume(folder, weights, optimizer)
+    if accelerator.is_main_process and first < training.steps:
+        states = 7 * sum(
+            weight.nbytes for weight in weights
+        )  # weights and Adam's two moments, twice while one replaces
+        require_space(folder, states, "checkpoint and adapter")  # the other, and the adapter
     if accelerator.is_main_process:
         cut_log(folder, first)
         warn = _Warnings(folder, data if objective.name == "focusdpo" else {})
