@@ -272,8 +272,9 @@ def section(name: str, values: dict[str, Any] | None = None, where: str = "the p
     try:
         return SECTIONS[name].model_validate(values or {})
     except ValidationError as error:
-        problems = dict.fromkeys(_explain(name, e, where) for e in error.errors())
-        raise ParameterError("; ".join(problems)) from None
+        problems = list(dict.fromkeys(_explain(name, e, where) for e in error.errors()))
+        more = [f"and {len(problems) - 5} more"] if problems[5:] else []
+        raise ParameterError("; ".join([*problems[:5], *more])) from None
 
 
 def read_overrides(path: str | Path) -> dict[str, Any]:

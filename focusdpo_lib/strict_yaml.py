@@ -33,7 +33,11 @@ class _Loader(yaml.SafeLoader):
             _refuse(node, f"{node.value} would be read as {value}: write it as a decimal number, or a text in quotes")
         return value
 
+    def construct_date(self, node: yaml.ScalarNode) -> None:
+        _refuse(node, f"{node.value} would be read as a date: put it in quotes")
 
+
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", _Loader.construct_date)
 for _kind in ("int", "float"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_number)
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
 
@@ -55,6 +56,27 @@ def test_a_params_file_and_an_override_are_read_so(tmp_path, capsys):
     words = ["notebooks/03_training.ipynb", "x.yaml", "--into", str(tmp_path), "--set", "training.steps=0100"]
     assert batch(words) == 1
     assert "nothing was run: --set training.steps=0100 is not accepted: line 1: 0100" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["training.steps", "=3", "results=[", "training={a: 1, a: 2}"])
+def test_a_set_that_says_nothing_clear_is_refused(text, tmp_path, capsys):
+    assert batch(["notebooks/03_training.ipynb", "x.yaml", "--into", str(tmp_path), "--set", text]) == 1
+    assert f"nothing was run: --set {text} is not accepted" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", ["/some where/x", "../up", "{user}", "'a: b'"])
+def test_a_value_with_slashes_or_braces_reaches_the_notebook_and_names_one_folder(value, tmp_path):
+    book = nbformat.v4.new_notebook()
+    book.cells = [
+        nbformat.v4.new_code_cell("place = 'x'", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell("print(f'<{place}>')"),
+    ]
+    nbformat.write(book, tmp_path / "a.ipynb")
+    (tmp_path / "a.yaml").write_text("place: y\n")
+    words = [str(tmp_path / "a.ipynb"), str(tmp_path / "a.yaml"), "--into", str(tmp_path / "out")]
+    assert batch([*words, "--set", f'place="{value}"']) == 0
+    (folder,) = (tmp_path / "out").iterdir()
+    assert f"<{value}>" in (folder / f"{folder.name}.ipynb").read_text("utf-8")
 
 
 @pytest.mark.parametrize(

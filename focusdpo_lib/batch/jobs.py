@@ -6,6 +6,7 @@ Each job's folder gets <name>.ipynb, <name>.html, params.yaml, provenance.json a
 """
 
 import argparse
+import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -155,7 +156,12 @@ def chosen_overrides(given: argparse.Namespace) -> dict[str, Any]:
     overrides: dict[str, Any] = {}
     for path in given.over:
         overrides |= params.read_overrides(path)
-    return overrides | {key: _value(key, value) for key, _, value in (text.partition("=") for text in given.set)}
+    for text in given.set:
+        key, equals, value = text.partition("=")
+        if not (key and equals):
+            raise ParameterError(f"--set {text} is not accepted: write it as --set KEY=VALUE")
+        overrides[key] = _value(key, value)
+    return overrides
 
 
 def _value(key: str, text: str) -> Any:
@@ -180,4 +186,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     suffix = "".join(f"_{path.stem}" for path in given.over)
     suffix += "".join(f"_{key.split('.')[-1]}-{value}" for key, _, value in (t.partition("=") for t in given.set))
+    suffix = re.sub(r"[^\w.+-]+", "-", suffix)  # a value may hold slashes, quotes or brackets: a name may not
     return run_all([Job(given.notebook, given.into / (p.stem + suffix), p, overrides) for p in given.params])
