@@ -528,6 +528,20 @@ def test_models_in_another_form_get_advice_that_fits(tiny_flux, tmp_path):
     assert "it is no safetensors file" in refusal(model=str(tiny_flux), subject_lora=str(lora))
 
 
+def test_a_pipeline_of_another_family_or_task_does_not_load(tiny_flux, tmp_path):
+    folder = shutil.copytree(tiny_flux, tmp_path / "other")
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace('"FluxPipeline"', '"FluxFillPipeline"'))
+    assert "is a FluxFillPipeline, and backbone.family flux_uno needs a FluxPipeline" in refusal(model=str(folder))
+    pipeline = FluxPipeline.from_pretrained(tiny_flux)
+    sizes = dict(pipeline.transformer.config)
+    wider = {"in_channels": 6 * sizes["in_channels"], "out_channels": sizes["in_channels"]}
+    pipeline.transformer = FluxTransformer2DModel.from_config(sizes | wider)
+    pipeline.save_pretrained(tmp_path / "fill")
+    message = refusal(model=str(tmp_path / "fill"))
+    assert f"its network takes {wider['in_channels']} channels and gives {sizes['in_channels']}: it is" in message
+
+
 def test_an_adapter_folder_without_an_adapter_is_named(backbone, tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no adapter"):
         backbone.load_adapter(tmp_path)

@@ -56,6 +56,13 @@ def loading(part: str | None, weights: str, precision: torch.dtype) -> dict:
     return arguments
 
 
+def require_channels(network: nn.Module) -> None:
+    """Raises ValueError for a network of another task: those for filling in or for edges take more than they give."""
+    takes, gives = network.config.in_channels, network.config.out_channels or network.config.in_channels
+    if takes != gives:
+        raise ValueError(f"its network takes {takes} channels and gives {gives}: it is made for another task")
+
+
 def compute_in(network: nn.Module, precision: torch.dtype) -> None:
     """Gives every quantized layer its input in `precision`.
 

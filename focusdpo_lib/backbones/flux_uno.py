@@ -15,7 +15,15 @@ from PIL import Image
 
 from focusdpo_lib.backbones.conditioning import Conditioning
 from focusdpo_lib.backbones.culprits import blaming
-from focusdpo_lib.backbones.family import QUANTIZED, TEXT_PARTS, Family, chosen_precision, compute_in, loading
+from focusdpo_lib.backbones.family import (
+    QUANTIZED,
+    TEXT_PARTS,
+    Family,
+    chosen_precision,
+    compute_in,
+    loading,
+    require_channels,
+)
 from focusdpo_lib.backbones.references import long_side
 from focusdpo_lib.backbones.subject_lora import load_subject_lora
 from focusdpo_lib.backbones.tokens import attention_hooks, output_hook, pack, position_ids, unpack
@@ -81,6 +89,8 @@ class FluxUno(Family):
         pipeline = FluxPipeline.from_pretrained(
             model, revision=revision, use_safetensors=True, **dict.fromkeys(absent), **held
         )
+        if pipeline.transformer is not None:
+            require_channels(pipeline.transformer)
         if subject_lora is not None and parts != "encoders":
             with blaming("subject_lora"):
                 load_subject_lora(pipeline, subject_lora, subject_revision)

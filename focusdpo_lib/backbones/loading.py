@@ -1,5 +1,6 @@
 """From settings to a backbone: checked before, loaded, and one sentence where that fails."""
 
+import json
 import logging
 import warnings
 from importlib import import_module
@@ -136,6 +137,10 @@ def _other_form(model: Path, family: str) -> str | None:
     save = "save_pretrained, which writes safetensors"
     if model.is_file():
         return f"is a single file: make a folder of it with diffusers' {pipeline}.from_single_file and {save}"
+    if (model / INDEX).is_file():
+        made_for = json.loads((model / INDEX).read_text(encoding="utf-8")).get("_class_name")
+        if made_for != pipeline:
+            return f"is a {made_for}, and backbone.family {family} needs a {pipeline}: correct backbone.family"
     for part in (path.parent for path in sorted(model.glob("*/config.json"))):
         names = [path.name for path in part.iterdir() if path.suffix in (".safetensors", ".bin")]
         if names and all(name.endswith(".bin") for name in names):

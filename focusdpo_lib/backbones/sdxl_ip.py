@@ -22,7 +22,15 @@ from transformers import CLIPVisionModelWithProjection
 
 from focusdpo_lib.backbones.conditioning import Conditioning, View
 from focusdpo_lib.backbones.culprits import blaming
-from focusdpo_lib.backbones.family import QUANTIZED, TEXT_PARTS, Family, chosen_precision, compute_in, loading
+from focusdpo_lib.backbones.family import (
+    QUANTIZED,
+    TEXT_PARTS,
+    Family,
+    chosen_precision,
+    compute_in,
+    loading,
+    require_channels,
+)
 from focusdpo_lib.backbones.references import centre_square
 
 # R17: every attention's q, k, v and output, and IP-Adapter's own keys and values.
@@ -112,6 +120,7 @@ class SdxlIp(Family):
         pipeline = StableDiffusionXLPipeline.from_pretrained(
             model, revision=revision, use_safetensors=True, **left_out, **held
         )
+        require_channels(pipeline.unet)
         path = Path(ip_weights)  # load_ip_adapter casts the pipeline: before any float32 LoRA weights
         with blaming("ip_adapter"), _uncast(pipeline.unet) if weights in QUANTIZED else nullcontext():
             pipeline.load_ip_adapter(

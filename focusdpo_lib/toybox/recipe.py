@@ -40,7 +40,7 @@ STEPS = {
     "dino": 2000,
     "clip": 3000,
     "flux_uno": 14000,
-    "flux_uno_guidance": 1500,  # its distillation
+    "flux_uno_guidance": 1200,  # its distillation
     "sdxl_ip": 7000,
 }
 MODELS = tuple(name for name in STEPS if name != "flux_uno_guidance")
