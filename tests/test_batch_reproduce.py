@@ -139,16 +139,21 @@ def test_the_executed_notebooks_show_curves_of_the_objectives_beside_them_on_the
     assert "the package agrees with the hand-sized example" in shown["03_uno_sft"]
 
 
-def families(**adapters):
-    """The groups of a table's families from their adapters, on the toybox's models."""
-    backbones = {"uno": {}, "ipap": {"backbone": {"family": "sdxl_ip"}}}
+def families(models, **adapters):
+    """The groups of a table's families from their adapters, on the tiny models that they were trained on."""
+    backbones = {
+        "uno": {"backbone": {"model": str(models / "flux_uno")}},
+        "ipap": {"backbone": {"family": "sdxl_ip", "model": str(models / "sdxl_ip")}},
+    }
     rows = {name: backbones[name] | {"adapters": of} for name, of in adapters.items()}
     return params.section("families", rows).given
 
 
-def test_a_missing_adapter_is_left_out_with_a_sentence_that_says_how_to_make_it(ran):
+def test_a_missing_adapter_is_left_out_with_a_sentence_that_says_how_to_make_it(ran, models):
     wanted = families(
-        uno={"sft": ["uno_sft-seed0", "uno_sft-seed1"], "dpo": ["uno_dpo-seed0"]}, ipap={"sft": ["ipap_sft-seed0"]}
+        models,
+        uno={"sft": ["uno_sft-seed0", "uno_sft-seed1"], "dpo": ["uno_dpo-seed0"]},
+        ipap={"sft": ["ipap_sft-seed0"]},
     )
     found, missing = comparison.adapters(ran[0], wanted)
     assert {row: [f.name for f in folders] for row, folders in found.items()} == {"uno_sft": ["uno_sft-seed0"]}
@@ -156,9 +161,17 @@ def test_a_missing_adapter_is_left_out_with_a_sentence_that_says_how_to_make_it(
     assert "without uno_sft-seed1" in missing[0] and "Run notebook 03 with 03_ipap_sft.yaml" in missing[2]
 
 
-def test_an_adapter_of_another_family_is_no_row(ran):
+def test_an_adapter_of_another_base_is_no_row(ran):
+    toybox = params.section("families", {"uno": {"adapters": {"sft": ["uno_sft-seed0"]}}}).given
+    with pytest.raises(
+        ParameterError, match=r"^UNO\+SFT cannot stand here: .* was trained on another base: its model is"
+    ):
+        comparison.adapters(ran[0], toybox)
+
+
+def test_an_adapter_of_another_family_is_no_row(ran, models):
     with pytest.raises(ParameterError, match=r"was trained on flux_uno and cannot be a row of sdxl_ip \(IPAP\+SFT\)"):
-        comparison.adapters(ran[0], families(ipap={"sft": ["uno_sft-seed0"]}))
+        comparison.adapters(ran[0], families(models, ipap={"sft": ["uno_sft-seed0"]}))
 
 
 def test_attribute_shares_average_to_attribute_accuracy(ran):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from focusdpo_lib import backbones, params
 from focusdpo_lib.backbones import BackboneError
@@ -39,7 +40,7 @@ def refusal(**settings) -> str:
 def tiny_train(model: Path, data: dict[int, PreparedPairs], folder: Path, objective="focusdpo", masks=None, **settings):
     """`train` on a fresh backbone from the tiny settings; returns the backbone."""
     backbone = load_tiny(model)
-    stop_after = settings.pop("stop_after", None)
+    stop_after, accelerator = settings.pop("stop_after", None), settings.pop("accelerator", None)
     train(
         backbone,
         data,
@@ -47,6 +48,7 @@ def tiny_train(model: Path, data: dict[int, PreparedPairs], folder: Path, object
         objective=params.section("objective", objective if isinstance(objective, dict) else {"name": objective}),
         masks=params.section("masks", masks),
         training=params.section("training", TRAINING | settings),
+        accelerator=accelerator,
         stop_after=stop_after,
     )
     return backbone
@@ -58,4 +60,6 @@ def child_train(model: Path, folder: Path, settings: dict, rank: int = 0, proces
     if processes > 1:
         os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{processes}"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
-    tiny_train(model, prepare(load_tiny(model), tiny_pairs(), params.Masks()), folder, **settings)
+    prepared = prepare(load_tiny(model), tiny_pairs(), params.Masks())  # before accelerate sets threads of its own
+    launched = {"accelerator": Accelerator(cpu=True)} if processes > 1 else {}
+    tiny_train(model, prepared, folder, **settings, **launched)

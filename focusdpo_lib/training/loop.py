@@ -248,8 +248,9 @@ def train(
 ) -> Path:
     """Trains the backbone's adapter on prepared pairs; returns the folder of the adapter.
 
-    Goes on from the checkpoint in `folder` where there is one. `stop_after` ends the run early, at that step, as a kill
-    would. Raises TrainingError when the loss or a gradient is not a number, naming the pairs; the checkpoint stays.
+    Without an `accelerator` it trains alone, whatever ranks a job script has left in the environment. Goes on from the
+    checkpoint in `folder` where there is one. `stop_after` ends the run early, at that step, as a kill would. Raises
+    TrainingError when the loss or a gradient is not a number, naming the pairs; the checkpoint stays.
     """
     folder = Path(folder)
     if accelerator is None:
