@@ -62,4 +62,5 @@ def child_train(model: Path, folder: Path, settings: dict, rank: int = 0, proces
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
     prepared = prepare(load_tiny(model), tiny_pairs(), params.Masks())  # before accelerate sets threads of its own
     launched = {"accelerator": Accelerator(cpu=True)} if processes > 1 else {}
+    torch.set_num_threads(1)  # accelerate chooses another number, and sums take another order
     tiny_train(model, prepared, folder, **settings, **launched)
