@@ -235,3 +235,15 @@ def test_prompts_longer_than_clip_reads_are_counted(weights):
     assert clip.cut([fits, "a dog"]) is None
     assert clip.cut([fits, longer, longer + " hat", "a dog"]) == "2 of 4, after 16 tokens"
     assert torch.equal(*clip.texts([fits, longer]))
+
+
+def test_a_folder_of_another_model_is_no_reader_and_no_clip(weights, tmp_path):
+    """The hub's own loader would leave every weight that the file does not have as it was drawn, without a word."""
+    with pytest.raises(EncoderError, match=r"^evaluation.reader = .* cannot be loaded"):
+        stages.load_encoders(params.Evaluation(reader=str(weights / "dino")))
+    (tmp_path / "open_clip_config.json").write_text('{"model_cfg": {"embed_dim": 4}, "preprocess_cfg": {}}')
+    with pytest.raises(EncoderError, match=r"^evaluation.clip = .* cannot be loaded \('text_cfg'\)"):
+        ClipEncoder(str(tmp_path))
+    with pytest.raises(EncoderError) as caught:
+        ClipEncoder("Nope/openai")  # open_clip lists every name that it knows
+    assert len(str(caught.value)) < 500

@@ -135,7 +135,7 @@ class ClipEncoder:
             clip = open_clip.create_model(name, tag, precision=precision, device=device, require_pretrained=True)
             self.model = clip.eval()
             self.tokenizer = open_clip.get_tokenizer(name)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:  # its configuration may be anything
             raise EncoderError(cannot_load("clip", model, error)) from None
         self.id, self.device, self.batch_size = f"{identity(model)} {precision}", device, batch_size
         self.dtype = open_clip.get_input_dtype(precision) or torch.float32
@@ -216,7 +216,7 @@ def identity(model: str) -> str:
 
 def cannot_load(kind: str, model: str, error: Exception | str) -> str:
     """One sentence for an encoder that `evaluation.<kind>` names."""
-    reason = str(error).strip().split("\n")[0]
+    reason = (str(error).strip() or type(error).__name__).split("\n")[0][:300]
     return (
         f"evaluation.{kind} = '{model}' cannot be loaded ({reason}): "
         "name a folder with its weights, or a model that this machine can download"

@@ -8,6 +8,7 @@ from contextlib import redirect_stdout
 from itertools import permutations
 
 import torch
+from safetensors import SafetensorError
 
 from focusdpo_lib.evaluation.encoders import EncoderError, cannot_load, identity
 from focusdpo_lib.toybox.world import ATTRIBUTES
@@ -82,7 +83,7 @@ def load_reader(folder: str, device: str = "cpu") -> ToyboxReader:
 
     try:
         with redirect_stdout(None):  # the hub's mixin prints that it loads
-            model = Reader.from_pretrained(folder, local_files_only=True).eval().to(device)
-    except (OSError, ValueError, TypeError) as error:
+            model = Reader.from_pretrained(folder, local_files_only=True, strict=True).eval().to(device)
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise EncoderError(cannot_load("reader", folder, error)) from None
     return ToyboxReader(model, identity(folder))
