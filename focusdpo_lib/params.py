@@ -172,7 +172,9 @@ class Generation(Section):
     references_size: int = Field(32, gt=0)  # … and when there are several (an IP-Adapter's image encoder has its own)
     resampling: Literal["box", "bicubic", "lanczos"] = "box"  # of references
     steps: int = Field(20, gt=0)
-    guidance: float = Field(1.0, ge=0)
+    guidance: float = Field(
+        3.0, ge=0
+    )  # 1 is none; flux_uno: an input of the model; sdxl_ip: classifier-free, two passes
     images_per_prompt: int = Field(1, gt=0)
     batch_size: int = Field(32, gt=0)
     seed: Seed = 3407

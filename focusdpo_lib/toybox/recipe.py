@@ -116,6 +116,7 @@ def _train_generators(vae, out: Path, work: Path, steps: dict, scale: float, onl
     """The latents of the training world, and on them the transformer and the U-Net."""
     if not {"flux_uno", "sdxl_ip"} & set(only):
         return
+    vae.register_to_config(_name_or_path="")  # of this machine's folders, which would be saved with it
     size = min(SHARD, max(50, round(LATENTS * scale) // 50 * 50))
     shards = [work / "latents" / f"{k:02d}.safetensors" for k in range(max(1, round(LATENTS * scale / size)))]
     for k, path in enumerate(shards):
