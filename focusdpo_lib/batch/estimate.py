@@ -95,11 +95,11 @@ def seconds(values: Mapping[str, Any], pace: Pace, rest: Mapping[str, float], na
         pairs = training.steps * training.batch_size * training.gradient_accumulation
         found += pairs * SHARE[objective.get("name", "focusdpo")] * pace.pair[family]
         drawn = 4 * values.get("samples", 0)  # before and after, of one subject and of two
-        found += drawn * _evaluations(values.get("generation")) * pace.evaluation[family]
+        found += drawn * _evaluations(values.get("generation"), family) * pace.evaluation[family]
     for rows in (params.section("families", values["families"]).given if "families" in values else {}).values():
         images = SUBJECTS * min(prompts, rows.generation.prompts or prompts) * rows.generation.images_per_prompt
         images *= 1 + sum(len(runs) for _, runs in rows.adapters)
-        found += images * _evaluations(rows.generation) * pace.evaluation[rows.backbone.family]
+        found += images * _evaluations(rows.generation, rows.backbone.family) * pace.evaluation[rows.backbone.family]
         other += images * rest["image"]
     return found + other * pace.start / rest["start"]
 
@@ -113,8 +113,8 @@ def families(values: Mapping[str, Any]) -> dict[str, str]:
     return {backbone.family: backbone.precision for backbone in used}
 
 
-def _evaluations(generation: Any) -> int:
-    """Of the network, for one image: guidance takes two a step."""
+def _evaluations(generation: Any, family: str) -> int:
+    """Of the network, for one image: classifier-free guidance takes two a step, guidance that is an input one."""
     if not isinstance(generation, params.Generation):
         generation = params.section("generation", generation)
-    return generation.steps * (1 if generation.guidance == 1.0 else 2)
+    return generation.steps * (1 if generation.guidance == 1.0 or family == "flux_uno" else 2)
