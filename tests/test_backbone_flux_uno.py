@@ -533,6 +533,9 @@ def test_a_pipeline_of_another_family_or_task_does_not_load(tiny_flux, tmp_path)
     index = folder / "model_index.json"
     index.write_text(index.read_text().replace('"FluxPipeline"', '"FluxFillPipeline"'))
     assert "is a FluxFillPipeline, and backbone.family flux_uno needs a FluxPipeline" in refusal(model=str(folder))
+    for damaged in ("{half", "[]", "{}"):
+        index.write_text(damaged)
+        assert "has a damaged model_index.json: fetch it again" in refusal(model=str(folder))
     pipeline = FluxPipeline.from_pretrained(tiny_flux)
     sizes = dict(pipeline.transformer.config)
     wider = {"in_channels": 6 * sizes["in_channels"], "out_channels": sizes["in_channels"]}

@@ -138,7 +138,10 @@ def _other_form(model: Path, family: str) -> str | None:
     if model.is_file():
         return f"is a single file: make a folder of it with diffusers' {pipeline}.from_single_file and {save}"
     if (model / INDEX).is_file():
-        made_for = json.loads((model / INDEX).read_text(encoding="utf-8")).get("_class_name")
+        try:
+            made_for = json.loads((model / INDEX).read_text(encoding="utf-8"))["_class_name"]
+        except (ValueError, KeyError, TypeError):
+            return f"has a damaged {INDEX}: fetch it again"
         if made_for != pipeline:
             return f"is a {made_for}, and backbone.family {family} needs a {pipeline}: correct backbone.family"
     for part in (path.parent for path in sorted(model.glob("*/config.json"))):

@@ -134,9 +134,8 @@ def read_prompts_and_classes(path: Path) -> tuple[dict[str, str], dict[str, list
     rows = re.findall(r"^([^,\n]+),([^,\n]+)$", parts[1], re.MULTILINE) if parts else []
     if not parts or not rows[1:]:
         raise BenchmarkError(f"{path} is not in DreamBench's syntax (Classes, Object Prompts, Live Subject Prompts)")
-    classes = {
-        _composed(name.strip()): class_name.strip() for name, class_name in rows[1:]
-    }  # the first row is the header
+    rows = rows[1:]  # the first is the header
+    classes = {_composed(name.strip()): class_name.strip() for name, class_name in rows}
     quoted = re.compile(r"""^('.*'|".*")\.format""", re.MULTILINE)
     object_prompts, live_prompts = ([ast.literal_eval(q) for q in quoted.findall(part)] for part in parts.groups()[1:])
     return classes, {"object": object_prompts, "live": live_prompts}
