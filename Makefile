@@ -5,6 +5,7 @@ PYTHON ?= python3
 PROFILE ?= toybox
 SEEDS ?= 1
 FAMILIES ?= uno ipap
+ENGINE ?= local
 
 python := .venv/bin/python
 ready := .venv/.ready
@@ -25,8 +26,9 @@ help: ## List the targets
 	@echo "FocusDPO reproduction kit: make <target>"
 	@sed -n 's/^\([a-z.-]*\):[^#]*## \(.*\)/  \1|\2/p' Makefile | awk -F '|' '{printf "%-18s %s\n", $$1, $$2}'
 
-reproduce: $(ready) ## Run every notebook and print Tables 1 and 2 (PROFILE=toybox SEEDS=1 FAMILIES=uno)
-	$(python) -m focusdpo_lib.batch.reproduce --profile "$(PROFILE)" --seeds "$(SEEDS)" --families $(FAMILIES)
+reproduce: $(ready) ## Run every notebook and print Tables 1 and 2 (PROFILE=toybox SEEDS=1 FAMILIES=uno ENGINE=ray)
+	$(python) -m focusdpo_lib.batch.reproduce --profile "$(PROFILE)" --seeds "$(SEEDS)" --families $(FAMILIES) \
+	  --engine "$(ENGINE)"
 
 # JupyterLab saves what it shows by itself: on copies, so that the kit's own notebooks stay as they are in git.
 lab: $(ready) ## Open JupyterLab on your own copies of the notebooks, in my_notebooks/

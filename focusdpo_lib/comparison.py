@@ -105,17 +105,18 @@ def make_images(
     benchmark: Benchmark,
     families: Mapping[str, params.FamilyRows],
     found: Mapping[str, Sequence[Path]],
+    processes: int = 1,
 ) -> dict[str, list[Path]]:
-    """Generation runs by row, one a training seed: the bases' and every adapter's; made where missing.
+    """Generation runs by row, one a training seed: the bases' and every adapter's; made where missing, in `processes`.
 
     With the oracle's, where the benchmark's attributes are known: only then can the true subjects be drawn.
     """
     folders = {ORACLE: [oracle_images(results, benchmark, prompts(families))]} if benchmark.has_attributes else {}
     for family, rows in families.items():
         how = benchmark, rows.backbone, rows.generation
-        folders[family] = [stages.generate_images(results, family, *how)]
+        folders[family] = [stages.generate_images(results, family, *how, None, processes)]
         for row in (row for row in found if family_of(row) == family):
-            folders[row] = [stages.generate_images(results, trained.name, *how, trained) for trained in found[row]]
+            folders[row] = [stages.generate_images(results, run.name, *how, run, processes) for run in found[row]]
     return folders
 
 
@@ -131,8 +132,11 @@ def score_rows(
     encoders: Encoders,
     evaluation: params.Evaluation,
     families: Mapping[str, params.FamilyRows],
+    processes: int = 1,
 ) -> dict[str, list[pd.DataFrame]]:
     """Scores by row, one table a training seed, with the anchors `photos` and `copy`; what `tables.table` takes.
+
+    So many processes encode the images.
 
     The anchor `photos` compares each subject's photos with each other: where one has a single photo, it is left out.
     """
@@ -148,8 +152,8 @@ def score_rows(
         if row == ORACLE:  # an anchor: no sampling settings stand behind it
             rows[row] = [scores.score_images(few, made[0] / IMAGES, encoders, evaluation, None)]
         else:
-            sampled = families[family_of(row)].generation
-            rows[row] = [stages.score(results, run.name, benchmark, run, encoders, evaluation, sampled) for run in made]
+            how = encoders, evaluation, families[family_of(row)].generation, processes
+            rows[row] = [stages.score(results, run.name, benchmark, run, *how) for run in made]
     return rows
 
 

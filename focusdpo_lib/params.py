@@ -164,6 +164,21 @@ class Launch(Section):
     main_port: int = Field(0, ge=0)  # 0: any free one, on one machine
 
 
+class Workers(Section):
+    """The processes of the heavy stages (preparing pairs, sampling, encoding images); they change nothing that comes
+    out, given as many threads (OMP_NUM_THREADS) to each."""
+
+    processes: int = Field(1, gt=0)  # on GPUs one a process
+
+
+class Resources(Section):
+    """What one notebook run asks an engine for, all on one machine; the notebook itself is not given it."""
+
+    gpus: int = Field(0, ge=0)
+    cpus: int = Field(1, gt=0)
+    memory: float | None = Field(None, gt=0)  # GB of main memory; none: it is not counted
+
+
 class Generation(Section):
     references: Literal["listed", "all"] = "listed"  # what goes in: the photo that the case list names, or all of the
     # subject's, as PatchDPO measured (one subject only)
@@ -251,6 +266,8 @@ SECTIONS: dict[str, type[Section]] = {
     "objective": Objective,
     "training": Training,
     "launch": Launch,
+    "workers": Workers,
+    "resources": Resources,
     "generation": Generation,
     "evaluation": Evaluation,
     "benchmark": Benchmark,

@@ -6,22 +6,23 @@ Folders lie at `results/<stage>/<run>`. A stage whose run is complete returns at
 """
 
 import json
-import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
-from focusdpo_lib import backbones, params, provenance
+from focusdpo_lib import backbones, params, provenance, workers
 from focusdpo_lib.backbones import best_device
 from focusdpo_lib.dip import dataset
 from focusdpo_lib.dip import toybox as dip_toybox
 from focusdpo_lib.evaluation import encoders
 from focusdpo_lib.evaluation.benchmark import KINDS, Benchmark
+from focusdpo_lib.evaluation.embeddings import EMBEDDINGS, embed_into, embedded
 from focusdpo_lib.evaluation.encoders import DinoEncoder, Encoders
-from focusdpo_lib.evaluation.scores import score_images
+from focusdpo_lib.evaluation.scores import image_files, score_images
 from focusdpo_lib.generation import IMAGES, generate
 from focusdpo_lib.runs import INPUTS, Run, RunError, atomic, fingerprint, home, is_complete
 from focusdpo_lib.toybox import attributes
@@ -30,7 +31,8 @@ from focusdpo_lib.training import ADAPTER, CHECKPOINT, adapter_card, train
 from focusdpo_lib.training.launch import FACTS, command
 from focusdpo_lib.training.launch import run as run_processes
 from focusdpo_lib.training.memory import MemoryAdvice
-from focusdpo_lib.training.pairs import load, prepare_into
+from focusdpo_lib.training.pairs import Group, groups, join, load, prepare_into
+from focusdpo_lib.workers import Progress, Shard
 
 SCORES = "scores.parquet"
 PREPARED_BY = (
@@ -92,6 +94,7 @@ def prepare_pairs(
     patch_encoder: str | None = None,
     own_process: bool = False,
     tolerance: int = 0,
+    processes: int = 1,
 ) -> Path:
     """Stage prepared: latents, conditioning and M_d of the train pairs, computed once and named by what they are.
 
@@ -107,24 +110,33 @@ def prepare_pairs(
     settings = {"backbone": backbone, "masks": of_masks}
     job = Run(home(results) / "prepared", settings, inputs)
     job.folder /= job.fingerprint[:16]
-    if not job.complete and own_process:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            try:
-                again = pool.submit(prepare_pairs, results, pairs, backbone, masks, patch_encoder, tolerance=tolerance)
-                return again.result()
-            except BrokenProcessPool:
-                raise RunError(
-                    "the process that prepares the pairs was killed, most often for want of main memory: close other "
-                    "programs and run again, it goes on where it stopped"
-                ) from None
     with job.alone():
         if not job.complete:
-            with job, MemoryAdvice(backbone, preparing=True):
-                model = backbones.load(backbone, best_device(), parts="encoders")
-                train_pairs = dataset.read_dataset(pairs, ["train"], tolerance=tolerance)["train"]
-                patches = DinoEncoder(patch_encoder, best_device()).patches if patch_encoder is not None else None
-                prepare_into(job.folder, model, train_pairs, masks, patches=patches)
+            with job:
+                grouped = groups(dataset.read_dataset(pairs, ["train"], tolerance=tolerance)["train"])
+                work = _Preparing(job.folder, Path(pairs), backbone, masks, patch_encoder, tolerance, grouped)
+                workers.run(work, job.folder, processes, "pairs", "pair", apart=own_process)
+                join(job.folder)
     return job.folder
+
+
+@dataclass(frozen=True)
+class _Preparing:
+    folder: Path
+    pairs: Path
+    backbone: params.Backbone
+    masks: params.Masks
+    patch_encoder: str | None
+    tolerance: int
+    grouped: Mapping[int, Group]
+
+    def __call__(self, shard: Shard, progress: Progress) -> None:
+        with MemoryAdvice(self.backbone, preparing=True):
+            model = backbones.load(self.backbone, best_device(), parts="encoders")
+            pairs = dataset.read_dataset(self.pairs, ["train"], check=False, tolerance=self.tolerance)["train"]
+            patches = DinoEncoder(self.patch_encoder, best_device()).patches if self.patch_encoder else None
+            of = {"patches": patches, "grouped": self.grouped, "shard": shard, "progress": progress}
+            prepare_into(self.folder, model, pairs, self.masks, **of)
 
 
 def train_adapter(
@@ -137,11 +149,12 @@ def train_adapter(
     training: params.Training,
     launch: params.Launch | None = None,
     tolerance: int = 0,
+    processes: int = 1,
 ) -> Path:
     """Stage training: an adapter by one objective (Algorithm 1); returns the run's folder.
 
     In this process or, where `training.processes` says how many, in child processes (see `launch`). `tolerance` is that
-    of `read_dataset`.
+    of `read_dataset`; `processes` prepare the pairs.
     """
     backbone = backbones.pinned(backbone, results)
     settings = {"backbone": backbone, "objective": objective, "masks": masks, "training": training}
@@ -154,25 +167,37 @@ def train_adapter(
     if objective.name == "focusdpo" and masks.pool == "subject":
         dataset.require_reference_masks(pairs)
     job = Run(home(results) / "training" / run, settings, inputs)
-    if not job.complete:
-        alone = training.processes is None
-        apart = not alone and best_device() != "cpu"
-        prepared = prepare_pairs(results, pairs, backbone, masks, encoder, own_process=apart, tolerance=tolerance)
-        with job:
-            if alone:
-                with MemoryAdvice(backbone, training):
-                    model = backbones.load(backbone, best_device(), parts="network")
-                    train(model, load(prepared), job.folder, objective=objective, masks=masks, training=training)
-            else:
-                words = command(job.folder, prepared, training.processes, launch or params.Launch())
-                run_processes(words, job.folder)
-                processes = json.loads((job.folder / FACTS).read_text(encoding="utf-8"))
-                job.facts |= {"processes": processes, "device": processes[0]["device"]}
-                job.facts["peak_memory_bytes"] = max(facts["peak_memory_bytes"] for facts in processes)
-            where = job.facts.get("device") or provenance.device()["device"]
-            adapter_card.write(job.folder / ADAPTER, job.folder, backbone, objective, masks, training, where)
-    (job.folder / CHECKPOINT).unlink(missing_ok=True)  # only now: a run without its marker may need it
+    with job.alone():
+        if not job.complete:
+            apart = training.processes is not None and best_device() != "cpu"
+            prepared = prepare_pairs(results, pairs, backbone, masks, encoder, apart, tolerance, processes)
+            with job:
+                _train(job, prepared, backbone, objective, masks, training, launch or params.Launch())
+        (job.folder / CHECKPOINT).unlink(missing_ok=True)  # only now: a run without its marker may need it
     return job.folder
+
+
+def _train(
+    job: Run,
+    prepared: Path,
+    backbone: params.Backbone,
+    objective: params.Objective,
+    masks: params.Masks,
+    training: params.Training,
+    launch: params.Launch,
+) -> None:
+    """Trains into a begun run's folder, in this process or in children, and writes the adapter's card."""
+    if training.processes is None:
+        with MemoryAdvice(backbone, training):
+            model = backbones.load(backbone, best_device(), parts="network")
+            train(model, load(prepared), job.folder, objective=objective, masks=masks, training=training)
+    else:
+        run_processes(command(job.folder, prepared, training.processes, launch), job.folder)
+        processes = json.loads((job.folder / FACTS).read_text(encoding="utf-8"))
+        job.facts |= {"processes": processes, "device": processes[0]["device"]}
+        job.facts["peak_memory_bytes"] = max(facts["peak_memory_bytes"] for facts in processes)
+    where = job.facts.get("device") or provenance.device()["device"]
+    adapter_card.write(job.folder / ADAPTER, job.folder, backbone, objective, masks, training, where)
 
 
 def other_base(adapter: Path, backbone: params.Backbone) -> str | None:
@@ -211,6 +236,7 @@ def generate_images(
     backbone: params.Backbone,
     generation: params.Generation,
     adapter: Path | None = None,
+    processes: int = 1,
 ) -> Path:
     """Stage generation: a benchmark's images by the base (no adapter) or by a training run's adapter."""
     backbone = backbones.pinned(backbone, results)
@@ -225,13 +251,28 @@ def generate_images(
         inputs["adapter"] = Path(adapter)
     settings = {"backbone": backbone, "generation": generation, "kind": benchmark.kind}
     job = Run(home(results) / "generation" / benchmark.kind / run, settings, inputs)
-    if not job.complete:
-        with job, MemoryAdvice(backbone):
-            model = backbones.load(backbone, best_device())
-            if adapter is not None:
-                model.load_adapter(Path(adapter) / ADAPTER)
-            generate(model, shown, job.folder, generation)
+    with job.alone():
+        if not job.complete:
+            with job:
+                work = _Sampling(job.folder, shown, backbone, generation, adapter)
+                workers.run(work, job.folder, processes, "images", "image")
     return job.folder
+
+
+@dataclass(frozen=True)
+class _Sampling:
+    folder: Path
+    benchmark: Benchmark
+    backbone: params.Backbone
+    generation: params.Generation
+    adapter: Path | None
+
+    def __call__(self, shard: Shard, progress: Progress) -> None:
+        with MemoryAdvice(self.backbone):
+            model = backbones.load(self.backbone, best_device())
+            if self.adapter is not None:
+                model.load_adapter(Path(self.adapter) / ADAPTER)
+            generate(model, self.benchmark, self.folder, self.generation, shard=shard, progress=progress)
 
 
 def score(
@@ -242,15 +283,33 @@ def score(
     encoders: Encoders,
     evaluation: params.Evaluation,
     generation: params.Generation,
+    processes: int = 1,
 ) -> pd.DataFrame:
-    """Stage scores: per-image scores of a generation run, kept as parquet."""
+    """Stage scores: per-image scores of a generation run, kept as parquet. Several processes encode the images."""
     benchmark = benchmark.first_prompts(generation.prompts)
     settings = {"evaluation": evaluation, "kind": benchmark.kind}
     inputs = {"images": Path(images), "benchmark": benchmark.hash, **{k: str(v) for k, v in encoders.ids.items()}}
     job = Run(home(results) / "scores" / benchmark.kind / run, settings, inputs)
-    if not job.complete:
-        with job:
-            scores = score_images(benchmark, Path(images) / IMAGES, encoders, evaluation, generation)
-            with atomic(job.folder / SCORES) as partial:
-                scores.to_parquet(partial)
+    with job.alone():
+        if not job.complete:
+            with job:
+                if processes > 1:
+                    files = tuple(image_files(benchmark, Path(images) / IMAGES, generation).values())
+                    workers.run(_Encoding(job.folder, files, evaluation), job.folder, processes, "vectors", "image")
+                    encoders = embedded(job.folder, encoders, files)
+                scores = score_images(benchmark, Path(images) / IMAGES, encoders, evaluation, generation)
+                with atomic(job.folder / SCORES) as partial:
+                    scores.to_parquet(partial)
+                shutil.rmtree(job.folder / EMBEDDINGS, ignore_errors=True)
     return pd.read_parquet(job.folder / SCORES)
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    folder: Path
+    pictures: tuple[Path, ...]
+    evaluation: params.Evaluation
+
+    def __call__(self, shard: Shard, progress: Progress) -> None:
+        by = encoders.load_encoders(self.evaluation, best_device())
+        embed_into(self.folder, by, self.pictures, shard=shard, progress=progress)

@@ -11,8 +11,9 @@ import nbformat
 import pytest
 
 from focusdpo_lib import runs
-from focusdpo_lib.batch import Job, notebooks, warm
+from focusdpo_lib.batch import Job, cli, notebooks, run_all, warm
 from focusdpo_lib.batch import jobs as batch
+from focusdpo_lib.batch.engines import said
 from focusdpo_lib.params import ParameterError
 
 PARAMETERS = "seed = 0\nrate = 0.5\nfolder = 'x'\nlimit = None\nmasks = {'tau': 0.1}"
@@ -62,7 +63,7 @@ def ran(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JUPYTER_PATH", str(folder / "jupyter"))
         patch.setattr(batch, "_say", said.append)
-        code = batch.run_all(jobs)
+        code = run_all(jobs)
     return folder, jobs, said, code
 
 
@@ -104,14 +105,14 @@ def test_a_notebook_that_leaves_its_product_unfinished_is_not_complete(ran):
 
 def test_a_complete_job_is_skipped_and_an_edited_one_replaced_only_by_a_good_one(ran, capsys):
     folder, jobs, _, _ = ran
-    assert batch.run_all(jobs[:1]) == 0 and "good: complete already, skipped" in capsys.readouterr().out
+    assert run_all(jobs[:1]) == 0 and "good: complete already, skipped" in capsys.readouterr().out
     before = (folder / "results" / "good" / "good.ipynb").read_bytes()
     notebook(jobs[0].notebook, "raise RuntimeError('an edit that fails')")
-    assert batch.run_all(jobs[:1]) == 1
+    assert run_all(jobs[:1]) == 1
     assert (folder / "results" / "good" / "good.ipynb").read_bytes() == before  # and it is not taken for the edited one
     assert not runs.Run(jobs[0].folder, batch.resolved(jobs[0]), {"notebook": "another"}).complete
     notebook(jobs[0].notebook, "print('mended')")
-    assert batch.run_all(jobs[:1]) == 0
+    assert run_all(jobs[:1]) == 0
     assert printed(folder / "results" / "good" / "good.ipynb") == "mended\n"
     assert not (folder / "results" / "good.failed.ipynb").exists()
 
@@ -127,8 +128,8 @@ def test_a_killed_batch_leaves_no_notebook_and_no_kernel_and_its_rest_is_removed
         (tmp_path / f"{name}.yaml").write_text("seed: 1\n")
     files = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
     words = [str(word) for word in (slow, *files, "--into", tmp_path / "results")]
-    code = "import sys; from focusdpo_lib.batch import jobs, warm; warm.context.set_forkserver_preload([])"
-    command = [sys.executable, "-c", f"{code}; sys.exit(jobs.main(sys.argv[1:]))", *words]
+    code = "import sys; from focusdpo_lib.batch import cli, warm; warm.context.set_forkserver_preload([])"
+    command = [sys.executable, "-c", f"{code}; sys.exit(cli.main(sys.argv[1:]))", *words]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (tmp_path / "begun").exists():
@@ -143,7 +144,7 @@ def test_a_killed_batch_leaves_no_notebook_and_no_kernel_and_its_rest_is_removed
     assert not (tmp_path / "results" / "a").exists()
     assert list((tmp_path / "results").glob(f"{runs.PARTIAL}*"))
     notebook(slow, "print('quick')")
-    assert batch.main(words) == 0
+    assert cli.main(words) == 0
     assert sorted(p.name for p in (tmp_path / "results").iterdir()) == ["a", "b"]
 
 
@@ -227,7 +228,7 @@ def test_every_mistake_is_told_and_nothing_is_run(tmp_path, capsys):
         Job(tmp_path / "none.ipynb", tmp_path / "results" / "d"),
         Job(good, tmp_path / "results" / "e", tmp_path / "none.yaml"),
     ]
-    assert batch.run_all(jobs) == 1
+    assert run_all(jobs) == 1
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and all(line.startswith("nothing was run: ") for line in lines)
     assert not (tmp_path / "ran").exists() and not (tmp_path / "results").exists()
@@ -251,13 +252,13 @@ def test_a_first_short_job_that_takes_longer_than_expected_does_not_multiply_the
     monkeypatch.setattr(batch, "_checked", lambda jobs: True)
     monkeypatch.setattr(batch, "execute", lambda job, warm: True)
     monkeypatch.setattr(batch.time, "monotonic", lambda: next(clock))
-    assert batch.run_all([Job(tmp_path, tmp_path / "a", minutes=0.3), Job(tmp_path, tmp_path / "b", minutes=20)]) == 0
+    assert run_all([Job(tmp_path, tmp_path / "a", minutes=0.3), Job(tmp_path, tmp_path / "b", minutes=20)]) == 0
     assert [line.partition("about ")[2] for line in said if "started" in line] == ["20 min left", "27 min left"]
 
 
 def test_time_left_follows_the_pace_so_far():
-    assert batch.time_left(4, [(1, 1.5), (2, 4.5)]) == "8 min 0 s"
+    assert said.time_left(4, [(1, 1.5), (2, 4.5)]) == "8 min 0 s"
 
 
 def test_durations_are_short_to_read():
-    assert [batch.span(m) for m in (0.25, 1.5, 12.4)] == ["15 s", "1 min 30 s", "12 min"]
+    assert [said.span(m) for m in (0.25, 1.5, 12.4)] == ["15 s", "1 min 30 s", "12 min"]

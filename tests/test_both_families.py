@@ -12,7 +12,7 @@ from focusdpo_lib import backbones, params
 from focusdpo_lib.backbones.family import ADAPTER as POLICY
 from focusdpo_lib.masks import CorrespondenceTap
 from focusdpo_lib.training import ADAPTER, draws, step_objective, train
-from focusdpo_lib.training.pairs import load, prepare, prepare_into
+from focusdpo_lib.training.pairs import join, load, prepare, prepare_into
 
 FAMILIES = ("flux_uno", "sdxl_ip")
 
@@ -31,6 +31,7 @@ def prepared_by(models, pairs, patches, tmp_path_factory):
         encoders = backbones.load(settings(family, folder), parts="encoders")
         out = tmp_path_factory.mktemp(family)
         prepare_into(out, encoders, pairs, params.Masks(), patches=patches)
+        join(out)
         found[family] = load(out)
     return found
 

@@ -68,11 +68,32 @@ def test_the_batch_size_changes_no_image(backbone, folder, whole, tmp_path, batc
 
 
 def test_shards_make_the_images_of_one_process_between_them(backbone, folder, whole, tmp_path):
+    """Every second batch each; and the images are those of one process with such batches, to the bit."""
+    how = settings(batch_size=4)
     for i in range(2):
         before = len(list(tmp_path.glob("images/*")))
-        out = generate(backbone, some_cases(folder), tmp_path, settings(), shard=(i, 2))
+        out = generate(backbone, some_cases(folder), tmp_path, how, shard=(i, 2))
         assert len(list(out.iterdir())) - before == (6, 4)[i]
     assert_same_images(images(out), whole)
+    again = images(generate(backbone, some_cases(folder), tmp_path / "one", how))
+    assert all((image == again[name]).all() for name, image in images(out).items())
+
+
+def test_a_batch_that_was_interrupted_is_made_again_whole(backbone, folder, tmp_path):
+    """Among other images the same one would round another way."""
+    how = settings(batch_size=4)
+    out = generate(backbone, some_cases(folder), tmp_path, how)
+    made = {path.name: path.read_bytes() for path in out.iterdir()}
+    (out / sorted(made)[1]).unlink()
+    (out / sorted(made)[9]).unlink()
+    sampled = []
+    original = backbone.sample
+    backbone.sample = lambda conditioning, seeds, *more: (
+        sampled.append(len(seeds)) or original(conditioning, seeds, *more)
+    )
+    generate(backbone, some_cases(folder), tmp_path, how)
+    assert sampled == [4, 2]
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == made
 
 
 def test_an_image_depends_on_subjects_prompt_and_index_alone(backbone, folder, whole, tmp_path):

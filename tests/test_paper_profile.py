@@ -10,7 +10,7 @@ from tiny_training import tiny_pairs
 
 from focusdpo_lib import params, runs, stages
 from focusdpo_lib.batch import Job, execute, notebooks, resolved
-from focusdpo_lib.batch.jobs import main as batch
+from focusdpo_lib.batch.cli import main as batch
 from focusdpo_lib.batch.reproduce import costs, plan
 from focusdpo_lib.dip import toybox
 from focusdpo_lib.dip.dataset import write_dataset

@@ -8,7 +8,7 @@ import yaml
 
 from focusdpo_lib import params, strict_yaml
 from focusdpo_lib.batch import Job, resolved
-from focusdpo_lib.batch.jobs import main as batch
+from focusdpo_lib.batch.cli import main as batch
 from focusdpo_lib.params import ParameterError
 from focusdpo_lib.strict_yaml import StrictYamlError
 

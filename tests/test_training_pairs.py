@@ -3,6 +3,7 @@
 import shutil
 import threading
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from focusdpo_lib.dip.dataset import write_dataset
 from focusdpo_lib.runs import LOCK, RunError, locked
 from focusdpo_lib.training import pairs as module
 from focusdpo_lib.training import row_file
-from focusdpo_lib.training.pairs import load, prepare_into
+from focusdpo_lib.training.pairs import BATCHES, join, load, prepare_into
 from focusdpo_lib.training.row_file import RowFile
 
 FACTS = {"ids": "[]"}
@@ -102,11 +103,12 @@ def test_rows_of_another_kind_do_not_mix(tmp_path, other):
         RowFile(path, total).append(more, FACTS)
 
 
-def test_a_disk_without_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
-    expected = r"no space left to write .*x\.safetensors: it takes 0\.0 GB and 0\.0 GB are free"
+def test_a_disk_without_room_is_said_before_anything_is_written(backbone, tmp_path, monkeypatch):
+    """For all batches, once the first has shown what a pair takes."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
+    expected = r"what training needs of the pairs will take 0\.0 GB and 0\.0 GB are free where .* lies"
     with pytest.raises(RunError, match=expected):
-        RowFile(tmp_path / "x.safetensors", 4).append(rows(0, 2), FACTS)
+        prepare_into(tmp_path, backbone, tiny_pairs(20), params.Masks(), batch_size=1)
     assert not list(tmp_path.iterdir())
 
 
@@ -123,6 +125,7 @@ def test_an_interrupted_preparation_goes_on_and_ends_the_same(backbone, patches,
         monkeypatch.setattr(module, "_prepare", watched)
         done.clear()
         prepare_into(folder, backbone, pairs, params.Masks(), patches=patches, batch_size=2)
+        join(folder)
         return list(done)
 
     for folder in ("whole", "broken"):
@@ -131,12 +134,45 @@ def test_an_interrupted_preparation_goes_on_and_ends_the_same(backbone, patches,
     assert [len(batch) for batch in batches] == [2, 2, 1, 2, 2, 1]
     with pytest.raises(KeyboardInterrupt):
         prepare_all(tmp_path / "broken", fail_at=4)
-    assert [p.name for p in (tmp_path / "broken").glob("*.safetensors")] == ["references_1.safetensors"]
+    assert load(tmp_path / "broken") == {}  # nothing half-made is taken for whole
     assert prepare_all(tmp_path / "broken") == batches[4:]
     assert prepare_all(tmp_path / "broken") == []
     for whole in (tmp_path / "whole").iterdir():
         assert (tmp_path / "broken" / whole.name).read_bytes() == whole.read_bytes()
     assert load(tmp_path / "broken")[2].ids == tuple(pair for batch in batches[3:] for pair in batch)
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_kill_while_batches_are_joined_loses_nothing_and_doubles_nothing(backbone, tmp_path, monkeypatch, at):
+    """After the batch `at` was appended and before its own file was deleted."""
+    for name in ("whole", "broken"):
+        prepare_into(tmp_path / name, backbone, tiny_pairs(3), params.Masks(), batch_size=1)
+    join(tmp_path / "whole")
+    original, left = Path.unlink, [at]
+
+    def unlink(self, **words):
+        if self.parent.name == BATCHES and not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= self.parent.name == BATCHES
+        original(self, **words)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    with pytest.raises(KeyboardInterrupt):
+        join(tmp_path / "broken")
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "_prepare", None)  # nothing is computed again
+    prepare_into(tmp_path / "broken", backbone, tiny_pairs(3), params.Masks(), batch_size=1)
+    join(tmp_path / "broken")
+    for whole in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "broken" / whole.name).read_bytes() == whole.read_bytes()
+    assert sorted(p.name for p in (tmp_path / "broken").iterdir()) == [f"references_{n}.safetensors" for n in (1, 2)]
+
+
+def test_a_batch_that_somebody_deleted_is_not_passed_over(backbone, tmp_path):
+    prepare_into(tmp_path, backbone, tiny_pairs(3), params.Masks(), batch_size=1)
+    (tmp_path / BATCHES / "1-000000001.safetensors").unlink()
+    with pytest.raises(RunError, match=r"lacks the batch before 1-000000002\.safetensors: delete .* and run again"):
+        join(tmp_path)
 
 
 def test_memory_holds_one_batch(backbone, tmp_path, monkeypatch):

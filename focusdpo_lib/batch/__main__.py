@@ -1,7 +1,7 @@
-"""`python -m focusdpo_lib.batch`: see `jobs`."""
+"""`python -m focusdpo_lib.batch`: see `cli`."""
 
 import sys
 
-from focusdpo_lib.batch.jobs import main
+from focusdpo_lib.batch.cli import main
 
 sys.exit(main())

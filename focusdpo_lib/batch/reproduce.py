@@ -20,7 +20,10 @@ from typing import Any
 
 from focusdpo_lib import params, runs
 from focusdpo_lib.batch import estimate, notebooks
-from focusdpo_lib.batch.jobs import Job, add_overrides, chosen_overrides, resolved, run_all, span
+from focusdpo_lib.batch.cli import add_engine, add_overrides, chosen_overrides
+from focusdpo_lib.batch.engines import run_all
+from focusdpo_lib.batch.engines.said import span
+from focusdpo_lib.batch.jobs import RESOURCES, Job, resolved
 from focusdpo_lib.evaluation.rows import FAMILIES, ROWS, family
 from focusdpo_lib.params import ParameterError
 
@@ -53,7 +56,7 @@ def plan(
     for file in files:
         book = _notebook(books, file)
         known = notebooks.parameters(book)
-        mine = {key: value for key, value in shared.items() if key.partition(".")[0] in known}
+        mine = {key: value for key, value in shared.items() if key.partition(".")[0] in (*known, RESOURCES)}
         expected = float(minutes.get(file.stem, 1))
         if file.name.startswith(TRAINING):
             if family(_row(file)) in families:
@@ -131,7 +134,7 @@ def _into_families(shared: Mapping[str, Any], known: Mapping[str, Any], names: S
         section = key.partition(".")[0]
         if section in params.FamilyRows.model_fields:
             over |= {f"families.{name}.{key}": value for name in names}
-        elif section in known:
+        elif section in (*known, RESOURCES):
             over[key] = value
     return over
 
@@ -271,14 +274,16 @@ def _what_it_took(folders: Sequence[Path]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def reproduce(jobs: Sequence[Job], results: Path, cost: Mapping[str, Any], reference: Path | None = None) -> int:
+def reproduce(
+    jobs: Sequence[Job], results: Path, cost: Mapping[str, Any], reference: Path | None = None, engine: str = "local"
+) -> int:
     """Runs the jobs of a plan, prints their tables and keeps them as `reference`, if given; the exit code."""
     if gone := missing_models(jobs):
         print(f"nothing was run: {', '.join(map(str, gone))} is missing: {cost['models']}")
         return 1
     jobs, machine = estimated(jobs, cost)
     print(announcement(jobs, cost, machine), flush=True)
-    code = run_all(jobs)
+    code = run_all(jobs, engine)
     if code:
         print("not everything ran (see above): the same command goes on with what is left; what is complete is kept")
         return code
@@ -300,13 +305,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--notebooks", type=Path, default=Path("notebooks"))
     parser.add_argument("--reference", type=Path, help="when all is complete, keep tables, figures and HTML here")
     add_overrides(parser)
+    add_engine(parser)
     given = parser.parse_args(arguments)
     if given.seeds < 1:
         parser.error(f"--seeds {given.seeds}: at least one")
     try:
         profile, results = given.params / given.profile, given.results / given.profile
         jobs = plan(profile, results, given.notebooks, given.seeds, chosen_overrides(given), given.families)
-        return reproduce(jobs, results, costs(profile), given.reference)
+        return reproduce(jobs, results, costs(profile), given.reference, given.engine)
     except (ParameterError, runs.RunError) as error:
         print(f"nothing was run: {error}")
         return 1

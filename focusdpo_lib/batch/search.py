@@ -21,7 +21,7 @@ from typing import Any
 import pandas as pd
 
 from focusdpo_lib import params, runs, stages
-from focusdpo_lib.batch.jobs import time_left
+from focusdpo_lib.batch.engines.said import time_left
 from focusdpo_lib.evaluation import statistics
 from focusdpo_lib.evaluation.benchmark import KINDS, Benchmark
 from focusdpo_lib.evaluation.encoders import Encoders

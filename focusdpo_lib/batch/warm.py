@@ -8,11 +8,12 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jupyter_client.provisioning import LocalProvisioner
+
+from focusdpo_lib.workers import end_with
 
 FORKS = sys.platform == "linux" and not any(Path(f"/dev/{name}").exists() for name in ("nvidiactl", "kfd"))
 IMPORTED = [
@@ -69,7 +70,7 @@ def _serve(arguments: Sequence[str], environment: Mapping[str, str], folder: str
     from ipykernel.kernelapp import IPKernelApp
 
     # The batch's end, however it comes, is the kernel's: the warm process would go on for as long as it has children.
-    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    end_with(multiprocessing.parent_process())
     os.setsid()
     os.chdir(folder)
     os.environ.clear()
@@ -80,8 +81,3 @@ def _serve(arguments: Sequence[str], environment: Mapping[str, str], folder: str
     sys.argv = ["ipykernel_launcher", *arguments]
     of_parent = f"--IPKernelApp.parent_handle={os.getppid()}"  # or it says that it was started by hand
     IPKernelApp.launch_instance(argv=[*arguments, of_parent])
-
-
-def _end_with(batch) -> None:
-    batch.join()
-    os._exit(1)

@@ -33,6 +33,13 @@ def score_images(
     photos that went in from the others and all of them did.
     """
     check(benchmark, settings, generation)
+    return _scored(benchmark, image_files(benchmark, folder, generation), encoders, settings, generation)
+
+
+def image_files(
+    benchmark: Benchmark, folder: str | Path, generation: Generation | None
+) -> dict[tuple[Case, int], Path]:
+    """The images to score, <folder>/<case>_<index>.png. Raises FileNotFoundError that lists those that are missing."""
     folder, count = Path(folder), generation.images_per_prompt if generation else 1
     sources = {(case, k): folder / f"{case.id}_{k}.png" for case in benchmark.cases for k in range(count)}
     missing = [path.name for path in sources.values() if not path.is_file()]
@@ -41,7 +48,7 @@ def score_images(
         raise FileNotFoundError(
             f"{folder} lacks {len(missing)} of {len(sources)} images ({shown}): generate them first"
         )
-    return _scored(benchmark, sources, encoders, settings, generation)
+    return sources
 
 
 def check(benchmark: Benchmark, settings: Evaluation, generation: Generation | None) -> None:

@@ -1,18 +1,17 @@
 """A benchmark's cases to images: one file an image, named by case and index, resumed where it stopped."""
 
-import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from focusdpo_lib import params
 from focusdpo_lib.backbones import Backbone
 from focusdpo_lib.evaluation.benchmark import Benchmark, Case, open_image
 from focusdpo_lib.runs import atomic, require_space
+from focusdpo_lib.workers import SILENT, WHOLE, Progress, Shard
 
 IMAGES = "images"
 BYTES = 2  # a pixel of a PNG, about: three are what a picture of noise takes
@@ -35,54 +34,70 @@ def save_images(pixels: torch.Tensor, paths: Sequence[Path]) -> None:
             Image.fromarray(array).save(partial)
 
 
+def missing(benchmark: Benchmark, folder: Path, settings: params.Generation) -> list[tuple[Case, int]]:
+    """The images, by case and index, that `folder/images` lacks."""
+    images = ((case, index) for case in benchmark.cases for index in range(settings.images_per_prompt))
+    return [image for image in images if not _path(folder, image).exists()]
+
+
 def generate(
     backbone: Backbone,
     benchmark: Benchmark,
     folder: Path,
     settings: params.Generation,
     *,
-    shard: tuple[int, int] = (0, 1),
+    shard: Shard = WHOLE,
+    progress: Progress = SILENT,
 ) -> Path:
     """Samples every case that has no image yet into `folder/images`; returns that folder.
 
-    `shard` (i, n) takes every n-th case from the i-th on, one shard a process. An image is the same whichever batch or
-    shard makes it: its noise comes from a CPU generator of its own seed.
+    The batches are those of all cases, whatever is there already or falls to another shard: so an image is the same to
+    the bit however often it was interrupted and however many processes share the work. Its noise comes from a CPU
+    generator of its own seed.
     """
-    out = Path(folder) / IMAGES
-    todo = [
-        (case, index)
-        for case in benchmark.cases[shard[0] :: shard[1]]
-        for index in range(settings.images_per_prompt)
-        if not (out / image_name(case, index)).exists()
-    ]
-    require_space(out, len(todo) * settings.size**2 * BYTES, f"{len(todo)} images of {settings.size} pixels")
-    bar = tqdm(total=len(todo), desc="images", unit="image", mininterval=5, file=sys.stdout, ncols=90, disable=not todo)
-    for batch, references in _batches(todo, settings, backbone):
+    todo = set(missing(benchmark, folder, settings))
+    if not todo:
+        return Path(folder) / IMAGES
+    require_space(folder, len(todo) * settings.size**2 * BYTES, f"{len(todo)} images of {settings.size} pixels")
+    photos = _photos(benchmark, settings, backbone)
+    mine = _batches(benchmark, settings, photos)[shard[0] :: shard[1]]
+    batches = [batch for batch in mine if not todo.isdisjoint(batch)]
+    progress.expects(sum(len(batch) for batch in batches))
+    for batch in batches:
+        progress.begins(f"case {batch[0][0].id}")
+        subjects = zip(*(case.references for case, _ in batch), strict=True)
+        references = [torch.stack([photos[path] for path in same]) for same in subjects]
         conditioning = backbone.condition([case.prompt for case, _ in batch], references)
         seeds = [image_seed(settings.seed, case, index) for case, index in batch]
         size = (settings.size, settings.size)
         pixels = backbone.sample(conditioning, seeds, size, settings.steps, settings.guidance)
-        save_images(pixels, [out / image_name(case, index) for case, index in batch])
-        bar.update(len(batch))
-    bar.close()
-    return out
+        save_images(pixels, [_path(folder, image) for image in batch])
+        progress.done(len(batch))
+    return Path(folder) / IMAGES
+
+
+def _path(folder: Path, image: tuple[Case, int]) -> Path:
+    return Path(folder) / IMAGES / image_name(*image)
 
 
 def _batches(
-    todo: list[tuple[Case, int]], settings: params.Generation, backbone: Backbone
-) -> Iterator[tuple[list, list]]:
-    """Batches whose cases have references of the same number and sizes, with those references stacked by subject."""
-    photos: dict[Path, torch.Tensor] = {}
+    benchmark: Benchmark, settings: params.Generation, photos: Mapping[Path, torch.Tensor]
+) -> list[list[tuple[Case, int]]]:
+    """Batches of all images whose cases have references of the same number and sizes."""
     groups: dict[tuple, list[tuple[Case, int]]] = {}
-    for case, index in todo:
+    for case in benchmark.cases:
+        same = groups.setdefault(tuple(photos[path].shape for path in case.references), [])
+        same += [(case, index) for index in range(settings.images_per_prompt)]
+    size = settings.batch_size
+    return [images[at : at + size] for images in groups.values() for at in range(0, len(images), size)]
+
+
+def _photos(benchmark: Benchmark, settings: params.Generation, backbone: Backbone) -> dict[Path, torch.Tensor]:
+    """Every photo that goes in, as the backbone takes it."""
+    found: dict[Path, torch.Tensor] = {}
+    for case in benchmark.cases:
+        side = settings.reference_size if len(case.references) == 1 else settings.references_size
         for path in case.references:
-            if path not in photos:
-                side = settings.reference_size if len(case.references) == 1 else settings.references_size
-                photos[path] = backbone.reference(open_image(path), side, settings.resampling)
-        sizes = tuple(photos[path].shape for path in case.references)
-        groups.setdefault(sizes, []).append((case, index))
-    for items in groups.values():
-        for start in range(0, len(items), settings.batch_size):
-            batch = items[start : start + settings.batch_size]
-            subjects = zip(*(case.references for case, _ in batch), strict=True)
-            yield batch, [torch.stack([photos[path] for path in same]) for same in subjects]
+            if path not in found:
+                found[path] = backbone.reference(open_image(path), side, settings.resampling)
+    return found

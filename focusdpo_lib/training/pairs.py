@@ -1,8 +1,9 @@
 """Preference pairs as a training step wants them: latents, conditioning and M_d, computed once per dataset."""
 
 import json
-import sys
-from collections.abc import Callable, Iterable, Sequence
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,19 +11,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from tqdm import tqdm
+from safetensors.torch import save_file
 
 from focusdpo_lib import params
 from focusdpo_lib.backbones import Backbone, Conditioning, View
 from focusdpo_lib.dip.dataset import DatasetError, Pair
 from focusdpo_lib.masks import detail_field, prior_tokens, to_grid
 from focusdpo_lib.objectives import patch_quality
+from focusdpo_lib.runs import RunError, atomic, require_space
 from focusdpo_lib.training.row_file import RowFile
+from focusdpo_lib.workers import SILENT, WHOLE, Progress, Shard
 
 # Pixels (B, 3, H, W) in [-1, 1] → patch tokens (B, P, d) of a vision encoder, row-major on a square grid.
 PatchEncoder = Callable[[torch.Tensor], torch.Tensor]
 PIXELS = 2**18  # of winners that are encoded at once: 64 of 64×64, one of 512×512
 FILE = "references_{}.safetensors"  # prepared pairs by their number of references
+BATCHES = "batches"  # folder of those that are not joined yet
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,30 @@ def pixels(images: Sequence[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+@dataclass(frozen=True)
+class Group:
+    """The pairs with one number of references, which alone can form batches: their ids by index, and the sizes
+    (height, width) of winner and references, the same for all."""
+
+    ids: Mapping[int, str]
+    sizes: tuple[tuple[int, int], ...]
+
+
+def groups(pairs: Sequence[Pair]) -> dict[int, Group]:
+    """All pairs by their number of references. Raises DatasetError for images of sizes that cannot form one batch."""
+    found: dict[int, Group] = {}
+    for i, pair in enumerate(pairs):
+        sizes = tuple(image.shape[:2] for image in (pair.win, *pair.references))
+        group = found.setdefault(len(pair.references), Group({}, sizes))
+        if sizes != group.sizes:
+            raise DatasetError(
+                f"pair {pair.id}: winner and references are {_words(sizes)} pixels, but {_words(group.sizes)} in the "
+                "pairs before it: bring them to one size"
+            )
+        group.ids[i] = pair.id
+    return dict(sorted(found.items()))
+
+
 def prepare(
     backbone: Backbone,
     pairs: Sequence[Pair],
@@ -67,12 +95,10 @@ def prepare(
     at once (none: as many as their size allows). Raises DatasetError for a subject that covers no token (its K would
     be 0) and for images of sizes that cannot form one batch.
     """
-    groups, fitting = _groups(pairs, backbone)
-    size = batch_size or fitting
-    return {
-        count: _join([_prepare(backbone, [pairs[i] for i in rows], masks, patches) for rows in _batched(ids, size)])
-        for count, ids in groups.items()
-    }
+    parts: dict[int, list[PreparedPairs]] = {}
+    for count, _, rows in _batches(groups(pairs), backbone, batch_size):
+        parts.setdefault(count, []).append(_prepare(backbone, [pairs[i] for i in rows], masks, patches))
+    return {count: _join(batches) for count, batches in parts.items()}
 
 
 def prepare_into(
@@ -83,59 +109,84 @@ def prepare_into(
     *,
     patches: PatchEncoder | None = None,
     batch_size: int | None = None,
+    grouped: Mapping[int, Group] | None = None,
+    shard: Shard = WHOLE,
+    progress: Progress = SILENT,
 ) -> None:
-    """As `prepare`, batch by batch into a folder that `load` reads; one that was left unfinished goes on.
+    """As `prepare`, into a file in `folder` for each batch that has none; `join` makes of them what `load` reads.
 
     Memory holds one batch, whatever the number of pairs. A pair of FLUX at 512×512 takes 5 MB of disk, 4.2 as text.
+    `grouped`: `groups(pairs)`, where it is known already. Raises RunError where the disk has no room for all.
     """
-    groups, fitting = _groups(pairs, backbone)
-    with tqdm(total=len(pairs), desc="pairs", unit="pair", mininterval=5, delay=5, file=sys.stdout, ncols=90) as bar:
-        for count, ids in groups.items():
-            file = RowFile(Path(folder) / FILE.format(count), len(ids))
-            bar.update(file.rows)
-            for rows in _batched(list(ids)[file.rows :], batch_size or fitting):
-                batch = _prepare(backbone, [pairs[i] for i in rows], masks, patches)
-                facts = {"ids": json.dumps([*ids.values()]), "token_grid": json.dumps(batch.token_grid)}
-                file.append(_tensors(batch), facts)
-                bar.update(len(batch))
+    grouped = grouped or groups(pairs)
+    mine = _batches(grouped, backbone, batch_size)[shard[0] :: shard[1]]
+    todo = [batch for batch in mine if not _is_there(folder, *batch, len(grouped[batch[0]].ids))]
+    progress.expects(sum(len(rows) for *_, rows in todo))
+    for number, (count, at, rows) in enumerate(todo):
+        ids = grouped[count].ids
+        progress.begins(f"pair {ids[rows[0]]}")
+        batch = _prepare(backbone, [pairs[i] for i in rows], masks, patches)
+        tensors = _tensors(batch)
+        if number == 0:
+            of_one = sum(tensor.nbytes for tensor in tensors.values()) // len(rows)
+            require_space(folder, of_one * sum(len(rows) for *_, rows in todo), "what training needs of the pairs")
+        facts = {"ids": json.dumps([*ids.values()]), "token_grid": json.dumps(batch.token_grid)}
+        with atomic(_batch_file(folder, count, at)) as partial:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, facts)
+        progress.done(len(rows))
 
 
-def _groups(pairs: Sequence[Pair], backbone: Backbone) -> tuple[dict[int, dict[int, str]], int]:
-    """By number of references the ids of the pairs, by index; and how many fit into one batch. Checks all sizes."""
-    groups: dict[int, dict[int, str]] = {}
-    sizes: dict[int, tuple] = {}
-    for i, pair in enumerate(pairs):
-        count = len(pair.references)
-        groups.setdefault(count, {})[i] = pair.id
-        _check_sizes(pair, sizes.setdefault(count, _sizes(pair)), backbone)
-    fitting = max([1, *(PIXELS // (height * width) for (height, width), *_ in sizes.values())])
-    return dict(sorted(groups.items())), fitting
+def join(folder: Path) -> None:
+    """Puts the batches of `prepare_into`, once all are there, into the files that `load` reads, and deletes them."""
+    for path in sorted((Path(folder) / BATCHES).glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            facts = dict(sorted(file.metadata().items()))  # safetensors gives them in any order
+        count, at = map(int, path.stem.split("-"))
+        whole = RowFile(Path(folder) / FILE.format(count), len(json.loads(facts["ids"])))
+        if whole.rows < at:
+            raise RunError(f"{path.parent} lacks the batch before {path.name}: delete {folder} and run again")
+        if whole.rows == at:  # else a kill came between its append and its end
+            whole.append(tensors, facts)
+        path.unlink()
+    shutil.rmtree(Path(folder) / BATCHES, ignore_errors=True)
 
 
-def _batched(rows: Iterable[int], size: int) -> list[list[int]]:
-    rows = list(rows)
-    return [rows[at : at + size] for at in range(0, len(rows), size)]
+def _batch_file(folder: Path, count: int, at: int) -> Path:
+    return Path(folder) / BATCHES / f"{count}-{at:09d}.safetensors"
 
 
-def _sizes(pair: Pair) -> tuple[tuple[int, int], ...]:
-    return tuple(image.shape[:2] for image in (pair.win, *pair.references))
+def _is_there(folder: Path, count: int, at: int, rows: list[int], total: int) -> bool:
+    """Whether a batch is on disk: in its own file, or in the joined one."""
+    return _batch_file(folder, count, at).exists() or RowFile(Path(folder) / FILE.format(count), total).rows > at
 
 
-def _check_sizes(pair: Pair, expected: tuple[tuple[int, int], ...], backbone: Backbone) -> None:
-    sizes = _sizes(pair)
-    words = " and ".join(f"{w}×{h}" for h, w in sizes)
-    multiples = (backbone.multiple, *[backbone.reference_multiple] * len(pair.references))
-    for size, multiple in zip(sizes, multiples, strict=True):
+def _batches(grouped: Mapping[int, Group], backbone: Backbone, size: int | None) -> list[tuple[int, int, list[int]]]:
+    """All batches: their number of references, the place of their first row among such pairs, and their pairs.
+
+    Raises DatasetError for images that do not fill whole tokens.
+    """
+    found = []
+    for count, group in grouped.items():
+        _check_multiples(group, backbone)
+        fitting = size or max(1, PIXELS // math.prod(group.sizes[0]))
+        indices = list(group.ids)
+        found += [(count, at, indices[at : at + fitting]) for at in range(0, len(indices), fitting)]
+    return found
+
+
+def _check_multiples(group: Group, backbone: Backbone) -> None:
+    multiples = (backbone.multiple, *[backbone.reference_multiple] * (len(group.sizes) - 1))
+    for size, multiple in zip(group.sizes, multiples, strict=True):
         if any(side % multiple for side in size):
             raise DatasetError(
-                f"pair {pair.id}: its images are {words} pixels: crop the one of {size[1]}×{size[0]} to multiples of "
-                f"{multiple}"
+                f"pair {next(iter(group.ids.values()))}: its images are {_words(group.sizes)} pixels: crop the one of "
+                f"{size[1]}×{size[0]} to multiples of {multiple}"
             )
-    if sizes != expected:
-        raise DatasetError(
-            f"pair {pair.id}: winner and references are {words} pixels, but "
-            f"{' and '.join(f'{w}×{h}' for h, w in expected)} in the pairs before it: bring them to one size"
-        )
+
+
+def _words(sizes: Sequence[tuple[int, int]]) -> str:
+    return " and ".join(f"{width}×{height}" for height, width in sizes)
 
 
 def _prepare(backbone: Backbone, pairs: list[Pair], masks: params.Masks, patches: PatchEncoder | None) -> PreparedPairs:
@@ -224,7 +275,7 @@ def _tensors(pairs: PreparedPairs) -> dict[str, torch.Tensor]:
 
 
 def load(folder: Path) -> dict[int, PreparedPairs]:
-    """Reads what `prepare_into` wrote. The tensors stay on disk, mapped into memory that all processes share."""
+    """Reads what `prepare_into` and `join` made. The tensors stay on disk, mapped into memory all processes share."""
     return dict(_load(path) for path in sorted(Path(folder).glob(FILE.format("*"))))
 
 

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -43,9 +42,8 @@ class RowFile:
             self.progress.unlink(missing_ok=True)
 
     def append(self, tensors: dict[str, torch.Tensor], facts: dict[str, str]) -> None:
-        """Adds rows, durably. Raises RunError where the disk has no room, for all rows before the first is written; and
-        where the rows are not of the kind of those in the file.
-        """
+        """Adds rows, durably. Raises RunError where the disk has no room, and where the rows are not of the kind of
+        those in the file."""
         with full_disk_is_said(self.path):
             if self.rows == 0:
                 self._begin(tensors, facts)
@@ -76,10 +74,6 @@ class RowFile:
             shape = [self.total, *tensor.shape[1:]]
             span = [size, size := size + math.prod(shape) * tensor.element_size()]
             header[name] = {"dtype": DTYPES[tensor.dtype], "shape": shape, "data_offsets": span}
-        if (free := shutil.disk_usage(self.path.parent).free) < size:
-            raise RunError(
-                f"no space left to write {self.path}: it takes {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free"
-            )
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         with open(self.part, "wb") as file:

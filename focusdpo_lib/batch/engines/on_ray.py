@@ -1,0 +1,276 @@
+"""The engine `ray`: every job is a Ray task that asks for what its YAML states; Ray says when and where it runs.
+
+It starts on this machine, or joins the cluster that RAY_ADDRESS names, whose machines see the same files and have the
+same package. A task whose worker or node is lost is tried again and goes on where it was; the log of each lies at
+<folder of the notebooks>/logs/<job>.log.
+"""
+
+import hashlib
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+from focusdpo_lib import runs
+from focusdpo_lib.batch.engines.said import say, span
+from focusdpo_lib.batch.jobs import Job, execute, is_complete, resolved, resources
+from focusdpo_lib.batch.schedule import Node, Task, makespan
+
+RETRIES = 3  # of a job whose worker or node was lost
+STARTED = "started on "  # how a log's line begins that says where a job runs
+STORE = 100_000_000  # bytes that Ray keeps for objects between tasks; ours are a few words
+SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # its coming default, which it announces at every start
+    "RAY_worker_niceness": "0",  # else its workers step back (15) behind whatever else the machine does
+}
+QUIET = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+
+
+class EngineError(RuntimeError):
+    """A cluster that cannot run the jobs; the message says why and what to do."""
+
+
+def run_all(jobs: Sequence[Job]) -> int:
+    """As `engines.run_all`."""
+    try:
+        ray = imported()
+        with _connected(ray):
+            nodes = _nodes(ray)
+            _require_room(jobs, nodes)
+            _require_sight(ray, jobs)
+            return _Driver(ray, jobs, nodes).run()
+    except EngineError as error:
+        say(f"nothing was run: {error}")
+        return 1
+
+
+def imported() -> Any:
+    """The library. EngineError where it is not installed."""
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    try:
+        import ray
+    except ImportError:
+        raise EngineError(
+            "the engine ray needs the extra of that name: python -m pip install -e '.[ray]' (with uv: uv pip install)"
+        ) from None
+    return ray
+
+
+@contextmanager
+def _connected(ray: Any) -> Iterator[None]:
+    """A connection to RAY_ADDRESS, or to a Ray of this machine alone that ends with it; one that is there is left."""
+    address = os.environ.get("RAY_ADDRESS")
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        if address:
+            ray.init(address=address, **QUIET)
+        else:
+            ray.init(address="local", _node_ip_address="127.0.0.1", object_store_memory=STORE, **QUIET)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        where = f"the cluster at RAY_ADDRESS={address} cannot be joined" if address else "Ray does not start here"
+        raise EngineError(f"{where} ({str(error).splitlines()[0]}): start it, or correct the address") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _nodes(ray: Any) -> list[Node]:
+    """What each machine has, in all."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Node(has.get("GPU", 0), has.get("CPU", 0), has.get("memory", 0) / 1e9) for has in alive]
+
+
+def _require_room(jobs: Sequence[Job], nodes: Sequence[Node]) -> None:
+    """EngineError for a job that no machine of the cluster can hold: it would wait for ever."""
+    for job in jobs:
+        needs = resources(job)
+        if not any(node.holds(needs) for node in nodes):
+            asks = f"{needs.gpus} GPU(s), {needs.cpus} CPU(s)" + (f" and {needs.memory:g} GB" if needs.memory else "")
+            has = "; ".join(f"{n.gpus:g} GPU(s), {n.cpus:g} CPU(s), {n.memory:.0f} GB" for n in nodes)
+            raise EngineError(
+                f"{job.name} asks for {asks} on one machine, and the cluster's machines have {has}: lower resources in "
+                f"{job.params or 'its settings'}, or --set resources.gpus={max(n.gpus for n in nodes):g}"
+            )
+
+
+def _require_sight(ray: Any, jobs: Sequence[Job]) -> None:
+    """EngineError where a machine of the cluster does not see the results or has another package."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    folders = {job.folder.absolute().parent for job in jobs}
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    with NamedTemporaryFile(dir=next(iter(folders)), prefix=runs.PARTIAL) as token:
+        look = ray.remote(num_cpus=0, max_retries=0)(_looks)
+        seen = {}
+        for node in (node for node in ray.nodes() if node["Alive"]):
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            words = token.name, os.getcwd(), _package()
+            seen[node["NodeManagerHostname"]] = look.options(scheduling_strategy=there).remote(*words)
+        for host, answer in seen.items():
+            try:
+                problem = ray.get(answer, timeout=120)
+            except ray.exceptions.GetTimeoutError:
+                problem = "does not answer within 2 minutes: look at its Ray"
+            except ray.exceptions.RayError as error:  # the package is not there, so that the task cannot even be read
+                problem = f"cannot run the kit ({str(error).splitlines()[-1]}): install it there too"
+            if problem:
+                raise EngineError(f"the machine {host} {problem}")
+
+
+def _looks(token: str, cwd: str, package: str) -> str | None:
+    """In a worker: what keeps this machine from running jobs, if anything."""
+    if not Path(token).exists():
+        return f"does not see {Path(token).parent}: put the results on a file system that all machines share"
+    if not Path(cwd).is_dir():
+        return f"does not see {cwd}: put the kit on a file system that all machines share"
+    if _package() != package:
+        return "has another focusdpo_lib or another Python than this one: install the same on both"
+    return None
+
+
+def _package() -> str:
+    """A digest of the package's own code and of Python's version."""
+    root = Path(__file__).parents[2]
+    digest = hashlib.sha256(platform.python_version().encode())
+    for file in sorted(root.rglob("*.py")):
+        digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+class _Driver:
+    """Submits every job at once, each behind those that it needs, and says what becomes of them."""
+
+    def __init__(self, ray: Any, jobs: Sequence[Job], nodes: Sequence[Node]) -> None:
+        self.ray, self.jobs, self.nodes = ray, list(jobs), nodes
+        self.tasks = {job.name: Task(job.name, job.minutes, resources(job), job.after) for job in jobs}
+        self.refs: dict[Any, Job] = {}
+        self.begun: dict[str, float] = {}  # of what runs: when it began
+        self.ended: set[str] = set()
+        self.failed: set[str] = set()
+        self.pace = [(2.0, 2.0)]  # minutes expected and taken
+
+    def run(self) -> int:
+        by_name = {}
+        for job in self.jobs:
+            if all(name in self.ended for name in job.after) and is_complete(job):
+                self.ended.add(job.name)
+                self._say(job, "complete already, skipped")
+                continue
+            before = [by_name[name] for name in job.after if name in by_name]
+            by_name[job.name] = self._submit(job, before)
+            self.refs[by_name[job.name]] = job
+        try:
+            while self.refs:
+                done, _ = self.ray.wait(list(self.refs), timeout=0.5)
+                self._look_for_started()
+                for ref in done:
+                    self._end(ref, self.refs.pop(ref))
+        except KeyboardInterrupt:
+            for ref in self.refs:
+                self.ray.cancel(ref, force=True)
+            say("interrupted: run the same command again to go on; what is complete is kept")
+            return 130
+        return 1 if self.failed else 0
+
+    def _submit(self, job: Job, before: Sequence[Any]) -> Any:
+        needs, log = resources(job), log_of(job)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.unlink(missing_ok=True)
+        memory = {} if needs.memory is None else {"memory": int(needs.memory * 1e9)}
+        options = {"num_gpus": needs.gpus, "num_cpus": needs.cpus, "max_retries": RETRIES, "name": job.name, **memory}
+        task = self.ray.remote(**options)(_work)
+        return task.remote(job, runs.digest(runs.plain(resolved(job))), os.getcwd(), log.absolute(), *before)
+
+    def _look_for_started(self) -> None:
+        for job in [job for job in self.refs.values() if job.name not in self.begun]:
+            log = log_of(job)
+            line = log.open(encoding="utf-8", errors="replace").readline() if log.exists() else ""
+            if line.startswith(STARTED) and line.endswith("\n"):
+                self.begun[job.name] = time.monotonic()
+                self._say(job, f"{line.strip()}, about {self._left()} left")
+
+    def _end(self, ref: Any, job: Job) -> None:
+        try:
+            ran = self.ray.get(ref)
+        except self.ray.exceptions.RayError as error:
+            if missing := self.failed.intersection(job.after):
+                self._say(job, f"not run, for it needs {', '.join(sorted(missing))}")
+            else:
+                self._say(job, f"FAILED. {_reason(error)} (its log: {log_of(job)})")
+            self.failed.add(job.name)
+        else:
+            taken = (time.monotonic() - self.begun.get(job.name, time.monotonic())) / 60
+            self.pace += [(job.minutes, taken)] if ran else []
+            self._say(job, f"done in {span(taken)}" if ran else "complete already, skipped")
+        self.ended.add(job.name)
+        self.begun.pop(job.name, None)
+
+    def _left(self) -> str:
+        """Until the last job ends, at the pace so far."""
+        factor = sum(taken for _, taken in self.pace) / sum(expected for expected, _ in self.pace)
+        tasks = [self.tasks[job.name] for job in self.refs.values()]
+        now = time.monotonic()
+        running = {name: (now - begun) / 60 / factor for name, begun in self.begun.items()}
+        return span(makespan(tasks, self.nodes, running) * factor)
+
+    def _say(self, job: Job, text: str) -> None:
+        say(f"[{self.jobs.index(job) + 1}/{len(self.jobs)}] {job.name}: {text}")
+
+
+def log_of(job: Job) -> Path:
+    """The file that holds what a job printed."""
+    return job.folder.parent / "logs" / f"{job.name}.log"
+
+
+def _work(job: Job, settings: str, cwd: str, log: Path, *before: bool) -> bool:
+    """In a worker: runs a job, its output into its log; says whether it ran."""
+    import ray
+
+    os.chdir(cwd)
+    with _into(log):
+        gpus = ", ".join(map(str, ray.get_gpu_ids())) or "none"
+        print(f"{STARTED}{platform.node()} ({ray.get_runtime_context().get_node_id()[:8]}), GPUs {gpus}", flush=True)
+        if runs.digest(runs.plain(resolved(job))) != settings:
+            raise EngineError(f"{job.params} says something else on {platform.node()} than where this was started")
+        start = time.time()
+        ran = execute(job, warm=True)
+        print(f"ended after {time.time() - start:.1f} s", flush=True)
+        return ran
+
+
+@contextmanager
+def _into(log: Path) -> Iterator[None]:
+    """What this process and its children print goes to the end of a file."""
+    kept = [os.dup(1), os.dup(2)]
+    with open(log, "ab") as file:
+        try:
+            for stream in (1, 2):
+                os.dup2(file.fileno(), stream)
+            yield
+        finally:
+            sys.stdout.flush()
+            for stream, old in zip((1, 2), kept, strict=True):
+                os.dup2(old, stream)
+                os.close(old)
+
+
+def _reason(error: Exception) -> str:
+    """One sentence of what ended a task."""
+    cause = getattr(error, "cause", None)
+    if cause is not None:
+        return " ".join(str(cause).split())
+    return (
+        f"its worker or node was lost {RETRIES + 1} times, most often for want of main memory: raise resources.memory, "
+        "so that fewer runs share a machine"
+    )

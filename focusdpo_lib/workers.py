@@ -1,0 +1,230 @@
+"""A heavy stage in several processes, each with a GPU of its own: every one makes its share of the batches.
+
+A stage hands over its *work*, a picklable callable `work(shard, progress)` that makes whatever its shard lacks and
+leaves every batch on disk, whole. Shard (i, n) takes every n-th batch from the i-th on, of the batches that one
+process would form, and computes with as many threads: so the result is that of one process, to the bit on a CPU.
+"""
+
+import multiprocessing
+import os
+import pickle
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Protocol
+
+from tqdm import tqdm
+
+from focusdpo_lib.runs import PARTIAL, RunError
+
+Shard = tuple[int, int]  # its number and how many there are
+WHOLE: Shard = (0, 1)
+ERROR = "error"  # of a shard's notes: the exception that ended it, pickled
+
+
+class WorkerError(RunError):
+    """A process of a stage died twice; the message says at what, and what to do."""
+
+
+class Progress(Protocol):
+    """What a shard says of itself while it works."""
+
+    def expects(self, count: int) -> None:
+        """So many items are to be made."""
+
+    def begins(self, item: str) -> None:
+        """The next items, of which `item` is the first."""
+
+    def done(self, count: int) -> None:
+        """So many more are on disk."""
+
+
+Work = Callable[[Shard, Progress], None]
+
+
+class Silent:
+    """Progress that nobody looks at."""
+
+    def expects(self, count: int) -> None:
+        pass
+
+    def begins(self, item: str) -> None:
+        pass
+
+    def done(self, count: int) -> None:
+        pass
+
+
+SILENT = Silent()
+
+
+class Bar(Silent, AbstractContextManager):
+    """A progress bar with the time left; `what` names the items, `unit` one of them."""
+
+    def __init__(self, what: str, unit: str) -> None:
+        self.bar = tqdm(desc=what, unit=unit, total=0, mininterval=5, delay=5, file=sys.stdout, ncols=90)
+
+    def expects(self, count: int) -> None:
+        self.bar.total += count
+
+    def done(self, count: int) -> None:
+        self.bar.update(count)
+
+    def __exit__(self, *error) -> None:
+        self.bar.close()
+
+
+class Notes:
+    """The progress of a shard in another process: a file a kind of news, which that process alone writes."""
+
+    def __init__(self, folder: Path, shard: Shard) -> None:
+        self.folder, self.name = folder, str(shard[0])
+
+    def expects(self, count: int) -> None:
+        self._write("expects", str(count))
+
+    def begins(self, item: str) -> None:
+        self._write("begins", item)
+
+    def done(self, count: int) -> None:
+        self._write("done", str(int(self.read("done") or 0) + count))
+
+    def _write(self, news: str, text: str) -> None:
+        file = self._file(news)
+        partial = file.with_suffix(".new")
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, file)
+
+    def read(self, news: str) -> str | None:
+        """The last word of a kind."""
+        file = self._file(news)
+        return file.read_text(encoding="utf-8") if file.exists() else None
+
+    def _file(self, news: str) -> Path:
+        return self.folder / f"{self.name}-{news}"
+
+    def clear(self) -> None:
+        for file in self.folder.glob(f"{self.name}-*"):
+            file.unlink()
+
+
+def run(work: Work, folder: Path, processes: int, what: str, unit: str, apart: bool = False) -> None:
+    """Does the work in so many processes, with one progress bar; in this one where one is enough.
+
+    `folder` is the stage's own. `apart`: never in this process, which would keep a hold on a GPU. A process that dies
+    has its shard done once more, alone; WorkerError if it dies again. What a shard raises is raised here.
+    """
+    with Bar(what, unit) as bar:
+        if processes == 1 and not apart:
+            work(WHOLE, bar)
+            return
+        devices = _devices(processes)
+        with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder) as notes:
+            shards = [(i, processes) for i in range(processes)]
+            dead = _together(work, shards, Path(notes), devices, bar)
+            for shard in dead:
+                _alone(work, shard, Path(notes), devices, what)
+
+
+def _together(work: Work, shards: Sequence[Shard], notes: Path, devices: Sequence[str | None], bar: Bar) -> list[Shard]:
+    """Starts a process a shard, shows how far they all are, and returns the shards whose process died."""
+    children = {shard: _start(work, shard, notes, devices[shard[0]]) for shard in shards}
+    try:
+        while any(child.is_alive() for child in children.values()):
+            _show(bar, [Notes(notes, shard) for shard in shards])
+            for shard, child in children.items():
+                if child.exitcode:
+                    _raise(Notes(notes, shard))
+            time.sleep(0.2)
+        _show(bar, [Notes(notes, shard) for shard in shards])
+    finally:
+        for child in children.values():
+            child.terminate()
+    for shard in shards:
+        _raise(Notes(notes, shard))
+    return [shard for shard, child in children.items() if child.exitcode]
+
+
+def _alone(work: Work, shard: Shard, notes: Path, devices: Sequence[str | None], what: str) -> None:
+    """Does a shard once more, now that the others are done."""
+    said = Notes(notes, shard)
+    said.clear()
+    child = _start(work, shard, notes, devices[shard[0]])
+    try:
+        child.join()
+    finally:
+        child.terminate()
+    _raise(said)
+    if child.exitcode:
+        why = "killed, most often for want of main memory" if child.exitcode == -9 else f"exit code {child.exitcode}"
+        raise WorkerError(
+            f"a process that makes {what} died twice ({why}), at {said.read('begins') or 'its start'}: close other "
+            "programs or lower workers.processes, and run again; it goes on where it stopped"
+        )
+
+
+def _show(bar: Bar, notes: Sequence[Notes]) -> None:
+    bar.bar.total = sum(int(note.read("expects") or 0) for note in notes)
+    if done := sum(int(note.read("done") or 0) for note in notes) - bar.bar.n:
+        bar.done(done)
+
+
+def _raise(notes: Notes) -> None:
+    error = notes.folder / f"{notes.name}-{ERROR}"
+    if error.exists():
+        raise pickle.loads(error.read_bytes())
+
+
+def _devices(processes: int) -> list[str | None]:
+    """CUDA_VISIBLE_DEVICES of every process. RunError where there are GPUs, but too few."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if not count:
+        return [None] * processes
+    if processes > count:
+        raise RunError(f"workers.processes = {processes} on a machine with {count} GPU(s): lower it to {count}")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (visible.split(",") if visible else list(map(str, range(count))))[:processes]
+
+
+def _start(work: Work, shard: Shard, notes: Path, device: str | None) -> BaseProcess:
+    import torch
+
+    words = (pickle.dumps(work), shard, notes, device, torch.get_num_threads())
+    child = multiprocessing.get_context("spawn").Process(target=_child, args=words)
+    child.start()
+    return child
+
+
+def _child(work: bytes, shard: Shard, folder: Path, device: str | None, threads: int) -> None:
+    """The life of a process: the work is unpickled only once the process knows its GPU."""
+    end_with(multiprocessing.parent_process())
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # read when torch is imported
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(threads)
+    notes = Notes(folder, shard)
+    try:
+        pickle.loads(work)(shard, notes)
+    except Exception as error:
+        error.add_note(traceback.format_exc())
+        (folder / f"{notes.name}-{ERROR}").write_bytes(pickle.dumps(error))
+        sys.exit(1)
+
+
+def end_with(process: BaseProcess) -> None:
+    """Ends this process when that one ends, however it does."""
+
+    def wait() -> None:
+        process.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -1,0 +1,61 @@
+"""Work for several processes that takes no time: they import this file and nothing heavy."""
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from focusdpo_lib.runs import RunError
+
+
+@dataclass(frozen=True)
+class Counting:
+    """Work on twelve items, each a file with the process that made it; what happens at `fails` is `how`."""
+
+    folder: Path
+    fails: int | None = None
+    how: str = "kill"  # once, always; raise
+
+    def __call__(self, shard, progress):
+        items = [i for i in range(12) if not (self.folder / str(i)).exists()]
+        mine = [i for i in items if i % shard[1] == shard[0]]
+        progress.expects(len(mine))
+        for i in mine:
+            progress.begins(f"item {i}")
+            if i == self.fails:
+                self._fail()
+            (self.folder / str(i)).write_text(f"{os.getpid()} {os.environ.get('OMP_NUM_THREADS')}")
+            progress.done(1)
+
+    def _fail(self):
+        if self.how == "raise":
+            raise RunError(f"item {self.fails} is a hippo")
+        if self.how == "once" and (self.folder / "died").exists():
+            return
+        (self.folder / "died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Seen:
+    """Work whose arrival in a process is when it looks for its GPU."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __setstate__(self, state):
+        self.__dict__ = state | {"gpu": os.environ.get("CUDA_VISIBLE_DEVICES")}
+
+    def __call__(self, shard, progress):
+        (self.folder / str(shard[0])).write_text(self.gpu)
+
+
+@dataclass(frozen=True)
+class Sleeping:
+    folder: str
+
+    def __call__(self, shard, progress):
+        partial = Path(self.folder) / f"new-{shard[0]}"
+        partial.write_text(str(os.getpid()))
+        partial.rename(Path(self.folder) / f"at-{shard[0]}")
+        time.sleep(600)
