@@ -179,6 +179,16 @@ class Resources(Section):
     memory: float | None = Field(None, gt=0)  # GB of main memory; none: it is not counted
 
 
+class Slurm(Section):
+    """Where a cluster's runs go, as its users know it; one for all runs of a profile."""
+
+    partition: str | None = None
+    account: str | None = None
+    constraint: str | None = None
+    minutes: int = Field(24 * 60, gt=0)  # that a run may take
+    setup: list[str] = []  # lines before it: modules, an environment
+
+
 class Generation(Section):
     references: Literal["listed", "all"] = "listed"  # what goes in: the photo that the case list names, or all of the
     # subject's, as PatchDPO measured (one subject only)
@@ -268,6 +278,7 @@ SECTIONS: dict[str, type[Section]] = {
     "launch": Launch,
     "workers": Workers,
     "resources": Resources,
+    "slurm": Slurm,
     "generation": Generation,
     "evaluation": Evaluation,
     "benchmark": Benchmark,

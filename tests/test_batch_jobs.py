@@ -13,7 +13,7 @@ import pytest
 from focusdpo_lib import runs
 from focusdpo_lib.batch import Job, cli, notebooks, run_all, warm
 from focusdpo_lib.batch import jobs as batch
-from focusdpo_lib.batch.engines import said
+from focusdpo_lib.batch.engines import on_local, said
 from focusdpo_lib.params import ParameterError
 
 PARAMETERS = "seed = 0\nrate = 0.5\nfolder = 'x'\nlimit = None\nmasks = {'tau': 0.1}"
@@ -59,12 +59,12 @@ def ran(tmp_path_factory):
     broken = folder / "jupyter" / "kernels" / "python3"  # a kernel of the user that comes before ours and cannot start
     broken.mkdir(parents=True)
     (broken / "kernel.json").write_text('{"argv": ["false"], "display_name": "broken", "language": "python"}')
-    said = []
+    printed_lines = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JUPYTER_PATH", str(folder / "jupyter"))
-        patch.setattr(batch, "_say", said.append)
+        patch.setattr(on_local, "say", printed_lines.append)
         code = run_all(jobs)
-    return folder, jobs, said, code
+    return folder, jobs, printed_lines, code
 
 
 def test_a_job_leaves_a_whole_run_and_gets_its_parameters(ran):
@@ -145,7 +145,7 @@ def test_a_killed_batch_leaves_no_notebook_and_no_kernel_and_its_rest_is_removed
     assert list((tmp_path / "results").glob(f"{runs.PARTIAL}*"))
     notebook(slow, "print('quick')")
     assert cli.main(words) == 0
-    assert sorted(p.name for p in (tmp_path / "results").iterdir()) == ["a", "b"]
+    assert sorted(p.name for p in (tmp_path / "results").glob("[!.]*")) == ["a", "b"]
 
 
 @pytest.mark.skipif(not warm.FORKS, reason="kernels are forked on Linux, where there is no GPU")
@@ -248,11 +248,12 @@ def test_a_parameters_cell_holds_literals_only(tmp_path, cell):
 def test_a_first_short_job_that_takes_longer_than_expected_does_not_multiply_the_others(tmp_path, monkeypatch):
     """0.3 minutes expected, 1.2 taken: of 20 more that is 20 · (2 + 1.2) / (2 + 0.3), not 80."""
     said, clock = [], iter([0, 72, 72, 100])
-    monkeypatch.setattr(batch, "_say", said.append)
-    monkeypatch.setattr(batch, "_checked", lambda jobs: True)
-    monkeypatch.setattr(batch, "execute", lambda job, warm: True)
-    monkeypatch.setattr(batch.time, "monotonic", lambda: next(clock))
-    assert run_all([Job(tmp_path, tmp_path / "a", minutes=0.3), Job(tmp_path, tmp_path / "b", minutes=20)]) == 0
+    monkeypatch.setattr(on_local, "say", said.append)
+    monkeypatch.setattr(on_local, "execute", lambda job, warm: True)
+    monkeypatch.setattr(on_local.time, "monotonic", lambda: next(clock))
+    assert (
+        on_local.run_all([Job(tmp_path, tmp_path / "a", minutes=0.3), Job(tmp_path, tmp_path / "b", minutes=20)]) == 0
+    )
     assert [line.partition("about ")[2] for line in said if "started" in line] == ["20 min left", "27 min left"]
 
 

@@ -25,8 +25,16 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
     """The option --engine."""
-    where = "local: here, one run after the other; ray: side by side, here or on the cluster of RAY_ADDRESS"
+    where = "local: one run after the other; ray: side by side, here or on RAY_ADDRESS's cluster; slurm: by sbatch"
     parser.add_argument("--engine", default="local", choices=ENGINES, help=where)
+    parser.add_argument("--dry-run", action="store_true", help="with slurm: print what would be submitted")
+
+
+def engine_options(given: argparse.Namespace) -> dict[str, Any]:
+    """What `run_all` is told of the engine. ParameterError for --dry-run with another engine than Slurm."""
+    if given.dry_run and given.engine != "slurm":
+        raise ParameterError("--dry-run is for --engine slurm")
+    return {"engine": given.engine, **({"dry_run": True} if given.dry_run else {})}
 
 
 def chosen_overrides(given: argparse.Namespace) -> dict[str, Any]:
@@ -59,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_engine(parser)
     given = parser.parse_args(arguments)
     try:
-        overrides = chosen_overrides(given)
+        overrides, how = chosen_overrides(given), engine_options(given)
     except ParameterError as error:
         print(f"nothing was run: {error}")
         return 1
@@ -67,4 +75,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
     suffix += "".join(f"_{key.split('.')[-1]}-{value}" for key, _, value in (t.partition("=") for t in given.set))
     suffix = re.sub(r"[^\w.+-]+", "-", suffix)  # a value may hold slashes, quotes or brackets: a name may not
     jobs = [Job(given.notebook, given.into / (p.stem + suffix), p, overrides) for p in given.params]
-    return run_all(jobs, given.engine)
+    return run_all(jobs, **how)

@@ -2,11 +2,13 @@
 
 import ast
 import difflib
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from focusdpo_lib import params, runs
@@ -113,28 +115,41 @@ def _papermill(notebook: Path, output: Path, values: Mapping[str, Any], warm: bo
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpec
 
-    spec = get_kernel_dict()
+    spec, sockets = get_kernel_dict(), TemporaryDirectory(prefix="focusdpo-")
     if warm:
         spec["metadata"]["kernel_provisioner"] = {"provisioner_name": "focusdpo-warm"}
 
     class ThisPython(AsyncKernelManager):
-        """The kernel is the Python that runs this, whatever kernels are installed and whatever the notebook names."""
+        """The kernel is the Python that runs this, whatever kernels are installed and whatever the notebook names.
+
+        It is spoken to through files where the system has such sockets: of free ports, kernels that start side by side
+        may each take the other's.
+        """
 
         kernel_spec = KernelSpec(**spec)
+
+        @traitlets.default("transport")
+        def _files_where_there_are(self) -> str:
+            return "ipc" if os.name == "posix" else "tcp"
+
+        @traitlets.default("ip")
+        def _in_a_folder_of_its_own(self) -> str:
+            return f"{sockets.name}/kernel" if self.transport == "ipc" else "127.0.0.1"
 
         @traitlets.default("transport_encryption")
         def _encrypted_where_it_can_be(self) -> str:
             return "auto"
 
-    papermill.execute_notebook(
-        *(str(path.resolve()).replace("{", "{{").replace("}", "}}") for path in (notebook, output)),  # it formats paths
-        dict(values),
-        kernel_name="python3",
-        language="python",
-        kernel_manager_class=ThisPython,
-        cwd=notebook.resolve().parent,
-        progress_bar=sys.stderr.isatty(),
-    )
+    with sockets:
+        papermill.execute_notebook(
+            *(str(path.resolve()).replace("{", "{{").replace("}", "}}") for path in (notebook, output)),  # formatted
+            dict(values),
+            kernel_name="python3",
+            language="python",
+            kernel_manager_class=ThisPython,
+            cwd=notebook.resolve().parent,
+            progress_bar=sys.stderr.isatty(),
+        )
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from typing import Any
 
 from focusdpo_lib import params, runs
 from focusdpo_lib.batch import estimate, notebooks
-from focusdpo_lib.batch.cli import add_engine, add_overrides, chosen_overrides
+from focusdpo_lib.batch.cli import add_engine, add_overrides, chosen_overrides, engine_options
 from focusdpo_lib.batch.engines import run_all
 from focusdpo_lib.batch.engines.said import span
 from focusdpo_lib.batch.jobs import RESOURCES, Job, resolved
@@ -275,16 +275,20 @@ def _what_it_took(folders: Sequence[Path]) -> str:
 
 
 def reproduce(
-    jobs: Sequence[Job], results: Path, cost: Mapping[str, Any], reference: Path | None = None, engine: str = "local"
+    jobs: Sequence[Job], results: Path, cost: Mapping[str, Any], reference: Path | None = None, **how: Any
 ) -> int:
-    """Runs the jobs of a plan, prints their tables and keeps them as `reference`, if given; the exit code."""
+    """Runs the jobs of a plan, prints their tables and keeps them as `reference`, if given; the exit code.
+
+    `how`: the engine and its options, as of `run_all`.
+    """
     if gone := missing_models(jobs):
         print(f"nothing was run: {', '.join(map(str, gone))} is missing: {cost['models']}")
         return 1
+    if how.get("dry_run"):
+        return run_all(jobs, **how)
     jobs, machine = estimated(jobs, cost)
     print(announcement(jobs, cost, machine), flush=True)
-    code = run_all(jobs, engine)
-    if code:
+    if code := run_all(jobs, **how):
         print("not everything ran (see above): the same command goes on with what is left; what is complete is kept")
         return code
     print(f"\n{shown(tables(results, jobs))}\n\nExecuted notebooks, also as HTML: {results / 'notebooks'}")
@@ -312,7 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         profile, results = given.params / given.profile, given.results / given.profile
         jobs = plan(profile, results, given.notebooks, given.seeds, chosen_overrides(given), given.families)
-        return reproduce(jobs, results, costs(profile), given.reference, given.engine)
+        return reproduce(jobs, results, costs(profile), given.reference, **engine_options(given))
     except (ParameterError, runs.RunError) as error:
         print(f"nothing was run: {error}")
         return 1

@@ -1,16 +1,14 @@
 """The engine `ray`: every job is a Ray task that asks for what its YAML states; Ray says when and where it runs.
 
 It starts on this machine, or joins the cluster that RAY_ADDRESS names, whose machines see the same files and have the
-same package. A task whose worker or node is lost is tried again and goes on where it was; the log of each lies at
-<folder of the notebooks>/logs/<job>.log.
+same package. A task whose worker or node is lost is tried again and goes on where it was.
 """
 
 import hashlib
 import os
 import platform
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -18,11 +16,14 @@ from typing import Any
 
 from focusdpo_lib import runs
 from focusdpo_lib.batch.engines.said import say, span
-from focusdpo_lib.batch.jobs import Job, execute, is_complete, resolved, resources
+from focusdpo_lib.batch.engines.worker import EngineError, log_of, orders, started, work
+from focusdpo_lib.batch.jobs import Job, is_complete, resources
 from focusdpo_lib.batch.schedule import Node, Task, makespan
 
 RETRIES = 3  # of a job whose worker or node was lost
-STARTED = "started on "  # how a log's line begins that says where a job runs
+# Whether Ray listens to other machines. (Despite its name it is asked on Linux, too; Ray resolves 127.0.0.1 else.)
+CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+SLOW = "timed out during startup"  # in what Ray says then
 STORE = 100_000_000  # bytes that Ray keeps for objects between tasks; ours are a few words
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -30,10 +31,6 @@ SETTINGS = {
     "RAY_worker_niceness": "0",  # else its workers step back (15) behind whatever else the machine does
 }
 QUIET = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
-
-
-class EngineError(RuntimeError):
-    """A cluster that cannot run the jobs; the message says why and what to do."""
 
 
 def run_all(jobs: Sequence[Job]) -> int:
@@ -54,6 +51,8 @@ def imported() -> Any:
     """The library. EngineError where it is not installed."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+    if "RAY_ADDRESS" not in os.environ:
+        os.environ.setdefault(CLUSTERS, "0")
     try:
         import ray
     except ImportError:
@@ -66,22 +65,35 @@ def imported() -> Any:
 @contextmanager
 def _connected(ray: Any) -> Iterator[None]:
     """A connection to RAY_ADDRESS, or to a Ray of this machine alone that ends with it; one that is there is left."""
-    address = os.environ.get("RAY_ADDRESS")
     if ray.is_initialized():
         yield
         return
-    try:
-        if address:
+    if address := os.environ.get("RAY_ADDRESS"):
+        try:
             ray.init(address=address, **QUIET)
-        else:
-            ray.init(address="local", _node_ip_address="127.0.0.1", object_store_memory=STORE, **QUIET)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        where = f"the cluster at RAY_ADDRESS={address} cannot be joined" if address else "Ray does not start here"
-        raise EngineError(f"{where} ({str(error).splitlines()[0]}): start it, or correct the address") from None
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise EngineError(
+                f"the cluster at RAY_ADDRESS={address} cannot be joined ({str(error).splitlines()[0]}): start it, or "
+                "correct the address"
+            ) from None
+    else:
+        patiently(lambda: ray.init(address="local", object_store_memory=STORE, **QUIET))
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def patiently(start: Callable[[], Any], tries: int = 3) -> Any:
+    """Starts a Ray. It gives up whatever has not started within 30 seconds, from which a busy machine may keep it."""
+    for left in reversed(range(tries)):
+        try:
+            return start()
+        except Exception as error:  # it is of no other class
+            if SLOW not in str(error):
+                raise
+            if not left:
+                raise EngineError(f"Ray does not start here ({error}): end other work, and run again") from None
 
 
 def _nodes(ray: Any) -> list[Node]:
@@ -159,6 +171,7 @@ class _Driver:
         self.ended: set[str] = set()
         self.failed: set[str] = set()
         self.pace = [(2.0, 2.0)]  # minutes expected and taken
+        self.warm = len(jobs) > sum(node.cpus for node in nodes)  # a worker runs more than one: its imports pay
 
     def run(self) -> int:
         by_name = {}
@@ -184,21 +197,16 @@ class _Driver:
         return 1 if self.failed else 0
 
     def _submit(self, job: Job, before: Sequence[Any]) -> Any:
-        needs, log = resources(job), log_of(job)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.unlink(missing_ok=True)
+        needs = resources(job)
         memory = {} if needs.memory is None else {"memory": int(needs.memory * 1e9)}
         options = {"num_gpus": needs.gpus, "num_cpus": needs.cpus, "max_retries": RETRIES, "name": job.name, **memory}
-        task = self.ray.remote(**options)(_work)
-        return task.remote(job, runs.digest(runs.plain(resolved(job))), os.getcwd(), log.absolute(), *before)
+        return self.ray.remote(**options)(_task).remote(orders(job, self.warm), *before)
 
     def _look_for_started(self) -> None:
         for job in [job for job in self.refs.values() if job.name not in self.begun]:
-            log = log_of(job)
-            line = log.open(encoding="utf-8", errors="replace").readline() if log.exists() else ""
-            if line.startswith(STARTED) and line.endswith("\n"):
+            if line := started(job):
                 self.begun[job.name] = time.monotonic()
-                self._say(job, f"{line.strip()}, about {self._left()} left")
+                self._say(job, f"{line}, about {self._left()} left")
 
     def _end(self, ref: Any, job: Job) -> None:
         try:
@@ -228,41 +236,12 @@ class _Driver:
         say(f"[{self.jobs.index(job) + 1}/{len(self.jobs)}] {job.name}: {text}")
 
 
-def log_of(job: Job) -> Path:
-    """The file that holds what a job printed."""
-    return job.folder.parent / "logs" / f"{job.name}.log"
-
-
-def _work(job: Job, settings: str, cwd: str, log: Path, *before: bool) -> bool:
-    """In a worker: runs a job, its output into its log; says whether it ran."""
+def _task(words: Mapping[str, Any], *before: bool) -> bool:
+    """In a worker: runs a job once those before it are done; says whether it ran."""
     import ray
 
-    os.chdir(cwd)
-    with _into(log):
-        gpus = ", ".join(map(str, ray.get_gpu_ids())) or "none"
-        print(f"{STARTED}{platform.node()} ({ray.get_runtime_context().get_node_id()[:8]}), GPUs {gpus}", flush=True)
-        if runs.digest(runs.plain(resolved(job))) != settings:
-            raise EngineError(f"{job.params} says something else on {platform.node()} than where this was started")
-        start = time.time()
-        ran = execute(job, warm=True)
-        print(f"ended after {time.time() - start:.1f} s", flush=True)
-        return ran
-
-
-@contextmanager
-def _into(log: Path) -> Iterator[None]:
-    """What this process and its children print goes to the end of a file."""
-    kept = [os.dup(1), os.dup(2)]
-    with open(log, "ab") as file:
-        try:
-            for stream in (1, 2):
-                os.dup2(file.fileno(), stream)
-            yield
-        finally:
-            sys.stdout.flush()
-            for stream, old in zip((1, 2), kept, strict=True):
-                os.dup2(old, stream)
-                os.close(old)
+    gpus = ", ".join(map(str, ray.get_gpu_ids())) or "none"
+    return work(**words, place=f"node {ray.get_runtime_context().get_node_id()[:8]}, GPUs {gpus}")
 
 
 def _reason(error: Exception) -> str:
