@@ -25,6 +25,19 @@ class ParameterError(ValueError):
     """A parameter that is unknown, mistyped or out of range; the message says which, where and what to do."""
 
 
+def run_name(name: str) -> str:
+    """The name of a run, which is one folder of its stage. Raises ParameterError where it would be another, or none."""
+    if not name.strip() or name.startswith(".") or "/" in name or not name.isprintable() or len(name.encode()) > 200:
+        raise ParameterError(
+            f"{name[:40]!r} names no folder of a run: give a name of up to 200 letters, without slashes or line "
+            "breaks, that does not begin with a dot"
+        )
+    return name
+
+
+RunName = Annotated[str, AfterValidator(run_name)]
+
+
 class Section(BaseModel):
     """Strict types (no number from text), no unknown keys, immutable."""
 
@@ -220,10 +233,10 @@ class Benchmark(Section):
 class Adapters(Section):
     """The training runs behind a family's rows, one a training seed."""
 
-    sft: list[str] = []
-    dpo: list[str] = []
-    patchdpo: list[str] = []
-    focusdpo: list[str] = []
+    sft: list[RunName] = []
+    dpo: list[RunName] = []
+    patchdpo: list[RunName] = []
+    focusdpo: list[RunName] = []
 
 
 class FamilyRows(Section):
