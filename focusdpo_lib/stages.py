@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from huggingface_hub import try_to_load_from_cache
 
 from focusdpo_lib import backbones, params, provenance, runs, workers
 from focusdpo_lib.backbones import best_device
@@ -53,20 +54,57 @@ def load_encoders(settings: params.Evaluation) -> Encoders:
 
 
 def check_training(
-    results: Path, dip: params.Dip, objective: params.Objective, benchmark: params.Benchmark, samples: int
+    results: Path,
+    dip: params.Dip,
+    objective: params.Objective,
+    benchmark: params.Benchmark,
+    samples: int,
+    backbone: params.Backbone | None = None,
+    generation: params.Generation | None = None,
 ) -> None:
     """Looks at the start for what notebook 03 needs at its end: held-out pairs, cases to sample, PatchDPO's encoder.
 
-    Raises DatasetError, BenchmarkError, EncoderError or ParameterError.
+    And, given `backbone` and `generation`, sizes that the model draws. Raises DatasetError, BenchmarkError,
+    EncoderError or ParameterError.
     """
     if not isinstance(samples, int) or samples < 1:
         raise params.ParameterError(f"samples = {samples!r} is not accepted: give how many cases to draw, at least 1")
+    if backbone is not None and generation is not None:
+        _check_sizes(backbone, generation)
     if dip.folder is not None:
-        dataset.read_dataset(dip.folder, ["train", "validation"], check=False)
+        dataset.read_dataset(dip.folder, ["train"], check=False)
+        groups(dataset.read_dataset(dip.folder, ["validation"], tolerance=dip.tolerance)["validation"])
     for kind in KINDS:
         load_benchmark(results, benchmark, kind, split="validation")
     if objective.name == "patchdpo":
         DinoEncoder(params.shipped("dino", objective.patch_encoder))
+
+
+def _check_sizes(backbone: params.Backbone, generation: params.Generation) -> None:
+    """ParameterError for images or references of a size that the model has no whole tokens for."""
+    multiple = _multiple(backbone)
+    if generation.size % multiple:
+        raise params.ParameterError(
+            f"generation.size = {generation.size} is not accepted: {backbone.model} draws multiples of {multiple}"
+        )
+    for name in ("reference_size", "references_size"):
+        if backbone.family == "flux_uno" and (side := getattr(generation, name)) < multiple:
+            raise params.ParameterError(
+                f"generation.{name} = {side} is not accepted: a token of {backbone.model} has {multiple} pixels a side"
+            )
+
+
+def _multiple(backbone: params.Backbone) -> int:
+    """Pixels of which an image's sides are multiples, by the model's own settings; 1 where they are not here yet."""
+    model, file = params.shipped(backbone.family, backbone.model), "vae/config.json"
+    path = (
+        Path(model) / file if Path(model).is_dir() else try_to_load_from_cache(model, file, revision=backbone.revision)
+    )
+    if not isinstance(path, str | Path) or not Path(path).is_file():
+        return 1  # whoever loads the model says what is missing
+    config = json.loads(Path(path).read_text(encoding="utf-8"))
+    stride = 2 ** (len(config["block_out_channels"]) - 1)
+    return 2 * stride if backbone.family == "flux_uno" else stride
 
 
 def build_pairs(results: Path, run: str, dip: params.Dip) -> Path:

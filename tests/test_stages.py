@@ -129,9 +129,44 @@ def test_what_the_end_of_a_training_needs_is_looked_at_before(results, pairs_run
         check(benchmark={"multi": str(tmp_path / "nowhere.json"), "folder": str(stages.toybox_benchmark(results))})
     with pytest.raises(EncoderError, match="cannot be loaded"):
         check(objective={"name": "patchdpo", "patch_encoder": str(tmp_path)})
+    rows = pq.read_table(pairs_run / "validation.parquet").to_pylist()
+    for column, value, sentence in (("prompt", " ", "its prompt is empty"), ("split", "test", "belongs to the split")):
+        pq.write_table(pa.Table.from_pylist([rows[0] | {column: value}]), tmp_path / "pairs" / "validation.parquet")
+        with pytest.raises(DatasetError, match=rf"validation.parquet: .*{sentence}"):
+            check(folder=str(tmp_path / "pairs"))
     for samples in (0, -1, "4"):
         with pytest.raises(params.ParameterError, match=r"^samples = .* at least 1"):
             check(samples=samples)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "says"),
+    [
+        ("flux_uno", {"size": 63}, r"generation\.size = 63 is not accepted: toybox draws multiples of 8$"),
+        ("flux_uno", {"size": 60}, r"generation\.size = 60 is not accepted"),
+        ("flux_uno", {"size": 64, "reference_size": 32}, None),
+        ("sdxl_ip", {"size": 62}, r"generation\.size = 62 is not accepted: toybox draws multiples of 4$"),
+        ("sdxl_ip", {"size": 60}, None),
+    ],
+)
+def test_sizes_that_the_model_does_not_draw_are_refused_before_training(results, family, settings, says):
+    """The toybox's autoencoders halve an image twice; a token of FLUX is two latents wide."""
+    backbone, generation = params.Backbone(family=family), params.Generation(**settings)
+    looks = params.Dip(), params.Objective(), params.Benchmark(), 2, backbone, generation
+    if says is None:
+        stages.check_training(results, *looks)
+    else:
+        with pytest.raises(params.ParameterError, match=says):
+            stages.check_training(results, *looks)
+
+
+def test_a_reference_smaller_than_a_token_is_refused_before_training(results, tmp_path):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text('{"block_out_channels": [128, 256, 512, 512]}')  # FLUX.1's: 16 pixels
+    looks = params.Dip(), params.Objective(), params.Benchmark(), 2, params.Backbone(model=str(tmp_path))
+    for name in ("reference_size", "references_size"):
+        with pytest.raises(params.ParameterError, match=rf"generation\.{name} = 15 .*: a token of .* has 16 pixels"):
+            stages.check_training(results, *looks, params.Generation(**{name: 15}))
 
 
 def test_a_tilde_is_the_users_own_folder(results, tiny_flux, pairs_run, tmp_path, monkeypatch):
