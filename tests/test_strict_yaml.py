@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
         ("true: 3", "the key 'true' is no text"),
         ("a: {null: 3, b: 1}", "the key 'null' is no text"),
         ("2024-01-02: 3", "the key '2024-01-02' is no text"),
-        ("{: 3}", "line 1: the key '' is no text"),
+        ("~: 3", "line 1: the key '~' is no text"),
         ("? [a]\n: 3", "the key a group or list is no text"),
         ("a: !!int x", "line 1: the tag !!int is not accepted: write the value alone"),
         ("a: 1\nb: !!int ''", "line 2: the tag !!int is not accepted"),
