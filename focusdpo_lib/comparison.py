@@ -8,10 +8,10 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
-import yaml
 from IPython.display import HTML
 from matplotlib.figure import Figure
 from PIL import Image
@@ -33,22 +33,29 @@ from focusdpo_lib.training import LOG
 from focusdpo_lib.training.pairs import PreparedPairs
 
 ORACLE = "oracle"
+TRAINED_WITH = ("backbone", "objective", "masks", "training")  # a training run's settings
+EXTRAS = ("subject_lora", "ip_adapter")  # of a backbone, and inputs of its own
 
 
 def adapters(results: Path, families: Mapping[str, params.FamilyRows]) -> tuple[dict[str, list[Path]], list[str]]:
-    """The complete training runs of every row ("uno_sft"), one a seed, and a sentence for each that is not complete."""
+    """The complete training runs of every row ("uno_sft"), one a seed, and a sentence for each that is not complete.
+
+    Raises ParameterError where a run does not belong to its row, or a row's runs differ in more than their seeds.
+    """
     found, missing = {}, []
     named = {f"{family}_{o}": names for family, rows in families.items() for o, names in rows.adapters}
     for row, name in ((row, name) for row, names in named.items() for name in names):
-        folder = runs.home(results) / "training" / name
+        folder = stages.place(results, "training", name)
         if runs.is_complete(folder):
-            _check_base(folder, row, backbones.pinned(families[family_of(row)].backbone, results))
+            _check_run(folder, row, backbones.pinned(families[family_of(row)].backbone, results))
             found.setdefault(row, []).append(folder)
         else:
             missing.append(
                 f"{ROWS[row]} stands here without {name}: {folder} holds no complete training run. "
                 f"Run notebook 03 with 03_{row}.yaml of your profile's params and run this notebook again"
             )
+    for row, folders in found.items():
+        _check_seeds(folders, row)
     return found, missing
 
 
@@ -64,15 +71,52 @@ def trained(found: Mapping[str, Sequence[Path]]) -> dict[str, dict[str, str]]:
     return rows
 
 
-def _check_base(folder: Path, row: str, backbone: params.Backbone) -> None:
-    """ParameterError for a training run on another family or base, whose row would bear the wrong name."""
-    if (trained := _params(folder)["backbone"]["family"]) != backbone.family:
+def _check_run(folder: Path, row: str, backbone: params.Backbone) -> None:
+    """ParameterError for a training run by another objective, family or base, whose row would bear the wrong name."""
+    settings, objective = _params(folder), row.removeprefix(f"{family_of(row)}_")
+    if (by := settings["objective"]["name"]) != objective:
+        raise params.ParameterError(
+            f"{folder} was trained by {by} and cannot be a row of {objective} ({ROWS[row]}): "
+            f"name it under adapters.{by}"
+        )
+    if (trained := settings["backbone"]["family"]) != backbone.family:
         raise params.ParameterError(
             f"{folder} was trained on {trained} and cannot be a row of {backbone.family} ({ROWS[row]}): "
             "name it under its own family"
         )
     if (other := stages.other_base(folder, backbone)) is not None:
         raise params.ParameterError(f"{ROWS[row]} cannot stand here: {other}")
+
+
+def _check_seeds(folders: Sequence[Path], row: str) -> None:
+    """ParameterError for a row's training runs that are not one training from different seeds."""
+    seeds: dict[int, Path] = {}
+    for folder in folders:
+        seed = _params(folder)["training"]["seed"]
+        if seed in seeds:
+            both = f"{seeds[seed].name} and {folder.name}"
+            raise params.ParameterError(
+                f"{ROWS[row]}: {both} are both of the training seed {seed}: name each seed once"
+            )
+        seeds[seed] = folder
+    first = folders[0]
+    for other in folders[1:]:
+        found = [*runs.differences(_but_for_seed(first), _but_for_seed(other))]
+        if found := [*found, *runs.changed(runs.inputs(first), runs.inputs(other))]:
+            raise params.ParameterError(
+                f"{ROWS[row]}: {first.name} (there) and {other.name} (here) differ in more than their seed "
+                f"({'; '.join(found[:4])}): name runs of the same settings"
+            )
+
+
+def _but_for_seed(folder: Path) -> dict[str, Any]:
+    """A training run's settings without its seed, and without what its inputs tell by content."""
+    given = _params(folder)
+    typed = {name: params.section(name, given[name], str(folder / runs.PARAMS)) for name in TRAINED_WITH}
+    values = runs.plain(typed)  # with today's defaults, where an older kit did not have a setting yet
+    values["training"].pop("seed")
+    values["objective"].pop("patch_encoder")
+    return values | {"backbone": {n: v for n, v in values["backbone"].items() if n not in ("model", *EXTRAS)}}
 
 
 def oracle_images(results: Path, benchmark: Benchmark, prompts: int | None = None) -> Path:
@@ -202,7 +246,7 @@ def save_table(
     results: Path, name: str, result: pd.DataFrame, figures: Mapping[str, Figure | None], inputs: Mapping[str, Path]
 ) -> Path:
     """Keeps a table (text, Markdown, CSV) and its figures at results/tables/<name>, whole, in place of an older one."""
-    folder = runs.home(results) / "tables" / name
+    folder = stages.place(results, "tables", name)
     with atomic(folder) as partial, Run(partial, {"protocol": result.attrs["protocol"]}, inputs):
         for suffix, form in (("txt", tables.text), ("md", tables.markdown)):
             (partial / f"table.{suffix}").write_text(form(result), encoding="utf-8")
@@ -217,7 +261,8 @@ def logs_beside(folder: Path) -> dict[str, pd.DataFrame]:
     """The step logs of a training run and of the complete runs beside it on its backbone and seed: {objective: log}."""
     own = _params(folder)
     found = {}
-    for other in [folder, *sorted(p for p in Path(folder).parent.iterdir() if runs.is_complete(p))]:
+    beside = sorted(p for p in Path(folder).parent.iterdir() if runs.is_complete(p))
+    for other in [folder, *(p for p in beside if _is_training(runs.settings(p)))]:
         there = _params(other)
         if (there["backbone"], there["training"]["seed"]) == (own["backbone"], own["training"]["seed"]):
             found.setdefault(there["objective"]["name"], pd.read_csv(other / LOG))
@@ -256,8 +301,16 @@ def errors_by_region(
     return table.assign(change=table["trained"] / table["base"] - 1).rename_axis(["image", "region"])
 
 
-def _params(folder: Path) -> dict:
-    return yaml.safe_load((Path(folder) / runs.PARAMS).read_text(encoding="utf-8"))
+def _params(folder: Path) -> dict[str, dict[str, Any]]:
+    """A training run's settings. ParameterError for a run of another stage."""
+    settings = runs.settings(folder)
+    if not _is_training(settings):
+        raise params.ParameterError(f"{folder} is no training run: name one that notebook 03 made")
+    return settings
+
+
+def _is_training(settings: Mapping[str, Any]) -> bool:
+    return settings.keys() >= set(TRAINED_WITH)
 
 
 def order(result: pd.DataFrame, column: str, family: str) -> list[str]:

@@ -25,6 +25,19 @@ class ParameterError(ValueError):
     """A parameter that is unknown, mistyped or out of range; the message says which, where and what to do."""
 
 
+def run_name(name: str) -> str:
+    """The name of a run, which is one folder of its stage. Raises ParameterError where it would be another, or none."""
+    if not name.strip() or name.startswith(".") or "/" in name or not name.isprintable() or len(name.encode()) > 200:
+        raise ParameterError(
+            f"{name[:40]!r} names no folder of a run: give a name of up to 200 letters, without slashes or line "
+            "breaks, that does not begin with a dot"
+        )
+    return name
+
+
+RunName = Annotated[str, AfterValidator(run_name)]
+
+
 class Section(BaseModel):
     """Strict types (no number from text), no unknown keys, immutable."""
 
@@ -101,7 +114,7 @@ class Masks(Section):
     reference_tokens: Literal["own", "image_keys"] = "own"  # R7, of a U-Net: own are those that it has of a reference
     network: Literal["reference", "policy"] = "reference"  # R4
     multi_subject: Literal["per_subject", "union"] = "per_subject"  # R6
-    entropy_window: int | None = Field(None, ge=1)  # R8: pixels, odd; none: 2 · (VAE stride) + 1
+    entropy_window: int | None = Field(None, ge=1, le=511)  # R8: pixels, odd; none: 2 · (VAE stride) + 1
     entropy_bins: int = Field(256, ge=2, le=256)  # R8
     entropy_kernel: Literal["box", "gaussian"] = "box"  # R21
     tau: float = Field(0.1, ge=0, le=1)  # R10
@@ -193,8 +206,8 @@ class Generation(Section):
     references: Literal["listed", "all"] = "listed"  # what goes in: the photo that the case list names, or all of the
     # subject's, as PatchDPO measured (one subject only)
     size: int = Field(64, gt=0)  # pixels, height and width
-    reference_size: int = Field(32, gt=0)  # of flux_uno: long side of a reference, in pixels, when there is one …
-    references_size: int = Field(32, gt=0)  # … and when there are several (an IP-Adapter's image encoder has its own)
+    reference_size: int = Field(32, ge=8)  # of flux_uno: long side of a reference, in pixels, when there is one …
+    references_size: int = Field(32, ge=8)  # … and when there are several (an IP-Adapter's image encoder has its own)
     resampling: Literal["box", "bicubic", "lanczos"] = "box"  # of references
     steps: int = Field(20, gt=0)
     guidance: float = Field(
@@ -230,10 +243,10 @@ class Benchmark(Section):
 class Adapters(Section):
     """The training runs behind a family's rows, one a training seed."""
 
-    sft: list[str] = []
-    dpo: list[str] = []
-    patchdpo: list[str] = []
-    focusdpo: list[str] = []
+    sft: list[RunName] = []
+    dpo: list[RunName] = []
+    patchdpo: list[RunName] = []
+    focusdpo: list[RunName] = []
 
 
 class FamilyRows(Section):
@@ -312,7 +325,15 @@ def read_overrides(path: str | Path) -> dict[str, Any]:
     values = read_yaml(path)
     if flat := [name for name in values if name not in SECTIONS]:
         raise ParameterError(f"{', '.join(flat)} in {path} is no section of settings: remove it, or use --set")
-    return {f"{name}.{key}": value for name, group in values.items() for key, value in (group or {}).items()}
+    return {key: value for name, group in values.items() for key, value in flat_overrides(name, group or {}).items()}
+
+
+def flat_overrides(key: str, value: Any) -> dict[str, Any]:
+    """A group as overrides of what it names alone, to the last key, so that the rest of the group over which they go
+    stays: {"training.lora.rank": 8, …}. Any other value as it is."""
+    if not isinstance(value, dict):
+        return {key: value}
+    return {k: v for name, inner in value.items() for k, v in flat_overrides(f"{key}.{name}", inner).items()}
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from focusdpo_lib import provenance
 
 PARAMS, INPUTS, PROVENANCE, MARKER = "params.yaml", "inputs.json", "provenance.json", "complete.json"
 LOCK = ".lock"
+TRAINING_LOCK = ".training"  # empty and hidden, but counted among what a training made ever since there are trainings
 RECORDS = (PARAMS, INPUTS, PROVENANCE, MARKER, LOCK, "processes.json")
 _READ: dict[tuple, str] = {}  # digests of files by path, size and time of change
 PARTIAL = ".partial-"  # prefix of the folders that hold what is not whole yet
@@ -46,9 +47,10 @@ def atomic(path: str | Path) -> Iterator[Path]:
     folder = None
     try:
         with full_disk_is_said(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
             # A hidden folder next to `path`: same file system, and no `*.png` of the parent finds what is not whole.
-            folder = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=path.parent))
+            with _what_is_in_the_way_is_said(path.parent):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                folder = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=path.parent))
             yield folder / path.name
             _replace(folder / path.name, path)
     finally:
@@ -70,12 +72,32 @@ def full_disk_is_said(path: Path) -> Iterator[None]:
 
 
 @contextmanager
+def _what_is_in_the_way_is_said(folder: Path) -> Iterator[None]:
+    """Within this context, which makes `folder` and a first file in it, RunError where it cannot be made."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise
+        there = _nearest(folder)
+        why = f"{there} is a file" if there.is_file() else f"{error.strerror} in {there}"
+        raise RunError(f"the folder {folder} cannot be written ({why}): choose another place for the results") from None
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or what is there of the path to it."""
+    return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+
+
+@contextmanager
 def locked(path: Path, waiting: str | None = None) -> Iterator[None]:
     """Holds a lock file, which the system lets go of however this process ends.
 
     Where another process holds it: raises BlockingIOError or, given what to say meanwhile, waits.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with _what_is_in_the_way_is_said(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
     with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -94,8 +116,7 @@ def home(folder: str | Path) -> Path:
 
 def require_space(folder: Path, needed: int, what: str) -> None:
     """Raises RunError where the disk that `folder` will lie on has less room than `what` takes, in bytes."""
-    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    if (free := shutil.disk_usage(there).free) < needed:
+    if (free := shutil.disk_usage(_nearest(folder)).free) < needed:
         raise RunError(
             f"{what} will take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free where {folder} lies: free some "
             "disk space, or name another folder of results"
@@ -125,8 +146,47 @@ def is_run(folder: str | Path) -> bool:
 
 
 def is_complete(folder: str | Path) -> bool:
-    """Whether the folder holds a run that ended, whatever its parameters."""
-    return is_run(folder) and (Path(folder) / MARKER).is_file()
+    """Whether the folder holds a run that ended, whatever its parameters, and all files that it made.
+
+    Raises RunError where the marker is damaged.
+    """
+    return is_run(folder) and (Path(folder) / MARKER).is_file() and not lost(folder)
+
+
+def lost(folder: str | Path) -> list[str]:
+    """The files that a run made before it ended and that are gone. RunError where the marker is damaged."""
+    if not (Path(folder) / MARKER).is_file():
+        return []
+    return [name for name in _marker(Path(folder))["files"] if not (Path(folder) / name).exists()]
+
+
+def _marker(folder: Path) -> dict[str, Any]:
+    """What the marker says: the run's fingerprint, and the files that it made (none where an older kit wrote it)."""
+    marker = {"files": []} | _read_json(folder / MARKER)
+    if not isinstance(marker.get("fingerprint"), str) or not isinstance(marker["files"], list):
+        raise _damaged(folder / MARKER, "it says of no run that it is complete")
+    return marker
+
+
+def settings(folder: str | Path) -> dict[str, Any]:
+    """The resolved parameters of the run in a folder. Raises RunError where its record of them is gone or damaged."""
+    path = Path(folder) / PARAMS
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise _damaged(path, " ".join(str(error).split())) from None
+    if not isinstance(values, dict):
+        raise _damaged(path, "it holds no parameters")
+    return values
+
+
+def inputs(folder: str | Path) -> dict[str, dict[str, str]]:
+    """What the run in a folder read, by name: `what` it was and its `hash`. RunError as of `settings`."""
+    path = Path(folder) / INPUTS
+    found = _read_json(path)
+    if not all(isinstance(entry, dict) and {"what", "hash"} <= entry.keys() for entry in found.values()):
+        raise _damaged(path, "it does not say what the run read")
+    return found
 
 
 def fingerprint(value: Path | str) -> str:
@@ -138,12 +198,26 @@ def fingerprint(value: Path | str) -> str:
     if value.is_file():
         return _of_file(value)
     if is_run(value) and not is_complete(value):
-        raise RunError(f"the input {value} is an unfinished run: run it again (it goes on where it stopped)")
-    files = {p.relative_to(value).as_posix(): p for p in value.rglob("*") if p.is_file()}
-    files = {name: file for name, file in files.items() if PARTIAL not in name}
-    if is_run(value):  # the same run made again has other times and another machine in its records
-        files = {name: file for name, file in files.items() if not _is_record(file)} | {MARKER: value / MARKER}
-    return digest({name: _of_file(file) for name, file in files.items()})
+        state = "has lost a file that it made" if (value / MARKER).is_file() else "is an unfinished run"
+        raise RunError(f"the input {value} {state}: run it again (it goes on where it stopped)")
+    files = {p.relative_to(value).as_posix(): p for p in _files(value)}
+    if not is_run(value):
+        return digest({name: _of_file(file) for name, file in files.items()})
+    # The same run made again has other times and another machine in its records, but it was asked the same.
+    asked = json.dumps({"fingerprint": _marker(value)["fingerprint"]}, indent=2) + "\n"
+    files |= {TRAINING_LOCK: value / TRAINING_LOCK} if (value / TRAINING_LOCK).exists() else {}
+    made = {name: _of_file(file) for name, file in files.items() if not _is_record(file)}
+    return digest(made | {MARKER: hashlib.sha256(asked.encode()).hexdigest()})
+
+
+def _files(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """The files under a folder, through links (but never in circles) and without hidden ones (.cache, .DS_Store)."""
+    above |= {folder.resolve()}
+    for path in (path for path in folder.iterdir() if not path.name.startswith(".")):
+        if path.is_file():
+            yield path
+        elif path.is_dir() and path.resolve() not in above:
+            yield from _files(path, above)
 
 
 def _is_record(file: Path) -> bool:
@@ -205,12 +279,13 @@ class Run:
         hashes = {name: entry["hash"] for name, entry in self.inputs.items()}
         self.fingerprint = digest({"params": self.params, "inputs": hashes})
         self.facts: dict[str, Any] = {}
+        self.passing: tuple[str, ...] = ()  # files that nobody misses once the run is complete
         self.resumed = False
 
     @property
     def complete(self) -> bool:
-        """Whether this very run (same parameters, same inputs) has ended."""
-        return is_complete(self.folder) and _read_json(self.folder / MARKER)["fingerprint"] == self.fingerprint
+        """Whether this very run (same parameters, same inputs) has ended, and all that it made is there."""
+        return is_complete(self.folder) and _marker(self.folder)["fingerprint"] == self.fingerprint
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -232,14 +307,18 @@ class Run:
         self._refuse_another()
         self.resumed = is_run(self.folder)
         sweep(self.folder)
-        if not self.resumed:
+        if self.resumed:
+            (self.folder / MARKER).unlink(missing_ok=True)  # of this run, which was whole until a file was lost
+        else:
             write_json(self.folder / INPUTS, self.inputs)
             write_text(self.folder / PARAMS, yaml.safe_dump(self.params, sort_keys=False, allow_unicode=True))
 
     def finish(self, **facts: Any) -> None:
         """Writes provenance.json, then the marker that says the folder is whole."""
         write_json(self.folder / PROVENANCE, self._provenance() | plain(self.facts | facts, "facts"))
-        write_json(self.folder / MARKER, {"fingerprint": self.fingerprint})
+        names = {path.relative_to(self.folder).as_posix() for path in _files(self.folder)}
+        made = sorted(name for name in names - {*RECORDS, *self.passing} if not name.endswith(".log"))
+        write_json(self.folder / MARKER, {"fingerprint": self.fingerprint, "files": made})
 
     def __enter__(self) -> "Run":
         self.start()
@@ -252,13 +331,10 @@ class Run:
     def _refuse_another(self) -> None:
         if not is_run(self.folder):
             return
-        differences = list(_differences(yaml.safe_load((self.folder / PARAMS).read_text("utf-8")), self.params))
-        old = {name: entry["hash"] for name, entry in _read_json(self.folder / INPUTS).items()}
-        new = {name: entry["hash"] for name, entry in self.inputs.items()}
-        differences += [f"its input {n!r} has changed" for n in sorted(old | new) if old.get(n) != new.get(n)]
-        if differences:
+        found = [*differences(settings(self.folder), self.params), *changed(inputs(self.folder), self.inputs)]
+        if found:
             raise RunError(
-                f"{self.folder} holds a run of other parameters or inputs ({'; '.join(differences[:4])}): "
+                f"{self.folder} holds a run of other parameters or inputs ({'; '.join(found[:4])}): "
                 "choose another name, or delete that folder"
             )
 
@@ -273,12 +349,19 @@ class Run:
         }
 
 
-def _differences(there: Any, here: Any, key: str = "") -> Iterator[str]:
+def changed(there: Mapping[str, Mapping[str, str]], here: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """The inputs (as of `inputs`) that are not the same by content, in words."""
+    old, new = ({name: entry["hash"] for name, entry in given.items()} for given in (there, here))
+    return [f"its input {name!r} has changed" for name in sorted(old | new) if old.get(name) != new.get(name)]
+
+
+def differences(there: Any, here: Any, key: str = "") -> Iterator[str]:
+    """What two runs' parameters differ in, in words."""
     if isinstance(there, dict) and isinstance(here, dict):
         for name in [*there, *(n for n in here if n not in there)]:
             inner = f"{key}.{name}" if key else name
             if name in there and name in here:
-                yield from _differences(there[name], here[name], inner)
+                yield from differences(there[name], here[name], inner)
             else:
                 yield f"{inner} is given only {'there' if name in there else 'here'}"
     elif type(there) is not type(here) or there != here:
@@ -287,17 +370,24 @@ def _differences(there: Any, here: Any, key: str = "") -> Iterator[str]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read ({error}): delete the folder {path.parent} and run again") from None
+        raise _damaged(path, str(error)) from None
+    if not isinstance(value, dict):
+        raise _damaged(path, f"it holds a {type(value).__name__}")
+    return value
+
+
+def _damaged(record: Path, why: str) -> RunError:
+    return RunError(f"{record} cannot be read ({why}): delete the folder {record.parent} and run again")
 
 
 def _is_full(error: Exception, folder: Path) -> bool:
     if isinstance(error, RunError):
         return False
-    if isinstance(error, OSError) and error.errno in NO_SPACE:
-        return True
-    return bool(NO_SPACE_TEXT.search(str(error))) or shutil.disk_usage(folder).free == 0
+    if isinstance(error, OSError) and error.errno is not None:  # whoever gives a number knows why
+        return error.errno in NO_SPACE
+    return bool(NO_SPACE_TEXT.search(str(error))) or shutil.disk_usage(_nearest(folder)).free == 0
 
 
 def _replace(new: Path, path: Path) -> None:

@@ -13,18 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from huggingface_hub import try_to_load_from_cache
 
-from focusdpo_lib import backbones, params, provenance, workers
+from focusdpo_lib import backbones, params, provenance, runs, workers
 from focusdpo_lib.backbones import best_device
 from focusdpo_lib.dip import dataset
 from focusdpo_lib.dip import toybox as dip_toybox
 from focusdpo_lib.evaluation import encoders
-from focusdpo_lib.evaluation.benchmark import KINDS, Benchmark
+from focusdpo_lib.evaluation.benchmark import KINDS, Benchmark, BenchmarkError
 from focusdpo_lib.evaluation.embeddings import EMBEDDINGS, embed_into, embedded
 from focusdpo_lib.evaluation.encoders import DinoEncoder, Encoders
 from focusdpo_lib.evaluation.scores import image_files, score_images
 from focusdpo_lib.generation import IMAGES, generate
-from focusdpo_lib.runs import INPUTS, Run, RunError, atomic, fingerprint, home, is_complete
+from focusdpo_lib.runs import Run, RunError, atomic, fingerprint, home, is_complete
 from focusdpo_lib.toybox import attributes
 from focusdpo_lib.toybox.benchmark import write_benchmark
 from focusdpo_lib.training import ADAPTER, CHECKPOINT, adapter_card, train
@@ -53,20 +54,57 @@ def load_encoders(settings: params.Evaluation) -> Encoders:
 
 
 def check_training(
-    results: Path, dip: params.Dip, objective: params.Objective, benchmark: params.Benchmark, samples: int
+    results: Path,
+    dip: params.Dip,
+    objective: params.Objective,
+    benchmark: params.Benchmark,
+    samples: int,
+    backbone: params.Backbone | None = None,
+    generation: params.Generation | None = None,
 ) -> None:
     """Looks at the start for what notebook 03 needs at its end: held-out pairs, cases to sample, PatchDPO's encoder.
 
-    Raises DatasetError, BenchmarkError, EncoderError or ParameterError.
+    And, given `backbone` and `generation`, sizes that the model draws. Raises DatasetError, BenchmarkError,
+    EncoderError or ParameterError.
     """
     if not isinstance(samples, int) or samples < 1:
         raise params.ParameterError(f"samples = {samples!r} is not accepted: give how many cases to draw, at least 1")
+    if backbone is not None and generation is not None:
+        _check_sizes(backbone, generation)
     if dip.folder is not None:
-        dataset.read_dataset(dip.folder, ["train", "validation"], check=False)
+        dataset.read_dataset(dip.folder, ["train"], check=False)
+        groups(dataset.read_dataset(dip.folder, ["validation"], tolerance=dip.tolerance)["validation"])
     for kind in KINDS:
         load_benchmark(results, benchmark, kind, split="validation")
     if objective.name == "patchdpo":
         DinoEncoder(params.shipped("dino", objective.patch_encoder))
+
+
+def _check_sizes(backbone: params.Backbone, generation: params.Generation) -> None:
+    """ParameterError for images or references of a size that the model has no whole tokens for."""
+    multiple = _multiple(backbone)
+    if generation.size % multiple:
+        raise params.ParameterError(
+            f"generation.size = {generation.size} is not accepted: {backbone.model} draws multiples of {multiple}"
+        )
+    for name in ("reference_size", "references_size"):
+        if backbone.family == "flux_uno" and (side := getattr(generation, name)) < multiple:
+            raise params.ParameterError(
+                f"generation.{name} = {side} is not accepted: a token of {backbone.model} has {multiple} pixels a side"
+            )
+
+
+def _multiple(backbone: params.Backbone) -> int:
+    """Pixels of which an image's sides are multiples, by the model's own settings; 1 where they are not here yet."""
+    model, file = params.shipped(backbone.family, backbone.model), "vae/config.json"
+    path = (
+        Path(model) / file if Path(model).is_dir() else try_to_load_from_cache(model, file, revision=backbone.revision)
+    )
+    if not isinstance(path, str | Path) or not Path(path).is_file():
+        return 1  # whoever loads the model says what is missing
+    config = json.loads(Path(path).read_text(encoding="utf-8"))
+    stride = 2 ** (len(config["block_out_channels"]) - 1)
+    return 2 * stride if backbone.family == "flux_uno" else stride
 
 
 def build_pairs(results: Path, run: str, dip: params.Dip) -> Path:
@@ -75,15 +113,30 @@ def build_pairs(results: Path, run: str, dip: params.Dip) -> Path:
     Raises RunError where that folder holds none.
     """
     if dip.folder is not None:
-        if not (Path(dip.folder) / "train.parquet").is_file():
-            raise RunError(f"dip.folder = {dip.folder} holds no train.parquet: correct it, or make the pairs first")
+        try:
+            dataset.split_files(dip.folder, "train")
+        except dataset.DatasetError as error:
+            raise RunError(f"dip.folder = {dip.folder} is not accepted: {error}") from None
         return Path(dip.folder)
-    job = Run(home(results) / "dip" / run, {"dip": dip})
+    job = Run(place(results, "dip", run), {"dip": dip})
     with job.alone():
         if not job.complete:
             with job:
                 dip_toybox.build(dip, job.folder)
     return job.folder
+
+
+def place(results: str | Path, stage: str, run: str) -> Path:
+    """The folder of a stage's run. Raises ParameterError for a name that would lead elsewhere."""
+    return home(results) / stage / params.run_name(run)
+
+
+def _reads(pairs: Path) -> dict[str, Path | str]:
+    """The train pairs as inputs of a run: their folder and, where its rows name files, what these hold."""
+    found: dict[str, Path | str] = {"pairs": Path(pairs)}
+    if files := dataset.pictures_behind(pairs):
+        found["pictures"] = runs.digest({name: fingerprint(p) for name, p in files.items() if os.path.isfile(p)})
+    return found
 
 
 def prepare_pairs(
@@ -103,7 +156,7 @@ def prepare_pairs(
     memory that others need.
     """
     backbone = backbones.pinned(backbone, results)
-    inputs: dict[str, Path | str] = {"pairs": Path(pairs), **backbones.inputs(backbone)}
+    inputs: dict[str, Path | str] = {**_reads(pairs), **backbones.inputs(backbone)}
     if patch_encoder is not None:
         inputs["patch_encoder"] = Path(patch_encoder) if Path(patch_encoder).is_dir() else patch_encoder
     of_masks = {name: getattr(masks, name) for name in PREPARED_BY}
@@ -158,7 +211,7 @@ def train_adapter(
     """
     backbone = backbones.pinned(backbone, results)
     settings = {"backbone": backbone, "objective": objective, "masks": masks, "training": training}
-    inputs: dict[str, Path | str] = {"pairs": Path(pairs), **backbones.inputs(backbone)}
+    inputs: dict[str, Path | str] = {**_reads(pairs), **backbones.inputs(backbone)}
     encoder = params.shipped("dino", objective.patch_encoder) if objective.name == "patchdpo" else None
     if encoder is not None:
         inputs["patch_encoder"] = Path(encoder) if Path(encoder).is_dir() else str(encoder)
@@ -166,7 +219,8 @@ def train_adapter(
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home(results).resolve() / "compiled"))
     if objective.name == "focusdpo" and masks.pool == "subject":
         dataset.require_reference_masks(pairs)
-    job = Run(home(results) / "training" / run, settings, inputs)
+    job = Run(place(results, "training", run), settings, inputs)
+    job.passing = (CHECKPOINT,)
     with job.alone():
         if not job.complete:
             apart = training.processes is not None and best_device() != "cpu"
@@ -202,7 +256,7 @@ def _train(
 
 def other_base(adapter: Path, backbone: params.Backbone) -> str | None:
     """A sentence where a complete training run stands on another base than `backbone`; None where it is the same."""
-    there = json.loads((Path(adapter) / INPUTS).read_text(encoding="utf-8"))
+    there = runs.inputs(adapter)
     for name, what in backbones.inputs(backbone).items():
         trained_on = there.get(name, {"what": "none", "hash": None})
         if trained_on["hash"] != fingerprint(what):
@@ -225,7 +279,11 @@ def load_benchmark(results: Path, settings: params.Benchmark, kind: str, split: 
     Raises BenchmarkError for a folder that is missing or not in DreamBench's layout.
     """
     if settings.folder == "toybox":
-        return Benchmark.load(toybox_benchmark(results, split), kind)
+        folder = toybox_benchmark(results, split)
+        try:
+            return Benchmark.load(folder, kind)
+        except BenchmarkError as error:
+            raise BenchmarkError(f"{error} (it is the toybox's own: delete {folder}, and it is written anew)") from None
     return Benchmark.load(settings.folder, kind, {"single": settings.single, "multi": settings.multi}[kind])
 
 
@@ -250,7 +308,7 @@ def generate_images(
             raise RunError(other)
         inputs["adapter"] = Path(adapter)
     settings = {"backbone": backbone, "generation": generation, "kind": benchmark.kind}
-    job = Run(home(results) / "generation" / benchmark.kind / run, settings, inputs)
+    job = Run(place(results, f"generation/{benchmark.kind}", run), settings, inputs)
     with job.alone():
         if not job.complete:
             with job:
@@ -289,7 +347,7 @@ def score(
     benchmark = benchmark.first_prompts(generation.prompts)
     settings = {"evaluation": evaluation, "kind": benchmark.kind}
     inputs = {"images": Path(images), "benchmark": benchmark.hash, **{k: str(v) for k, v in encoders.ids.items()}}
-    job = Run(home(results) / "scores" / benchmark.kind / run, settings, inputs)
+    job = Run(place(results, f"scores/{benchmark.kind}", run), settings, inputs)
     with job.alone():
         if not job.complete:
             with job:

@@ -3,7 +3,7 @@
 Of a key that stands twice PyYAML keeps the second value without a word; `0100` is 64 to it, and `1:30` is 90.
 """
 
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -12,22 +12,37 @@ class StrictYamlError(ValueError):
     """What cannot be read as meant; the message says where, what and what to do."""
 
 
-class _Loader(yaml.SafeLoader):
-    """The safe loader, but for repeated keys and for numbers in base 60, 8, 16 or 2."""
+TAG = "tag:yaml.org,2002:"
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = {}
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, but for tags, repeated keys, keys that are no text, and numbers in base 60, 8, 16 or 2."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        event = self.peek_event()
+        if getattr(event, "tag", None) is not None:
+            _refuse(event, f"the tag {event.tag.replace(TAG, '!!')} is not accepted: write the value alone")
+        return super().compose_node(parent, index)
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: dict[str, int] = {}
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    first = seen[key.value] + 1
-                    _refuse(key, f"the key {key.value!r} stands twice (first in line {first}): keep one of the two")
-                seen[key.value] = key.start_mark.line
-        return super().construct_mapping(node, deep)
+            if key.tag not in (f"{TAG}str", f"{TAG}merge"):
+                shown = repr(key.value) if isinstance(key, yaml.ScalarNode) else "a group or list"
+                _refuse(key, f"the key {shown} is no text: correct it, or put it in quotes")
+            if key.value in seen:
+                first = seen[key.value] + 1
+                _refuse(key, f"the key {key.value!r} stands twice (first in line {first}): keep one of the two")
+            seen[key.value] = key.start_mark.line
+        return node
 
     def construct_number(self, node: yaml.ScalarNode) -> int | float:
         of_kind = {"int": self.construct_yaml_int, "float": self.construct_yaml_float}
-        value = of_kind[node.tag.rpartition(":")[2]](node)
+        try:
+            value = of_kind[node.tag.rpartition(":")[2]](node)
+        except ValueError:  # Python reads no number of thousands of digits
+            _refuse(node, f"{node.value[:20]} … is no number that can be read: correct it")
         digits = node.value.lstrip("+-").lower()
         if ":" in digits or (digits[0] == "0" and len(digits) > 1 and digits[1] not in ".e"):
             _refuse(node, f"{node.value} would be read as {value}: write it as a decimal number, or a text in quotes")
@@ -37,12 +52,12 @@ class _Loader(yaml.SafeLoader):
         _refuse(node, f"{node.value} would be read as a date: put it in quotes")
 
 
-_Loader.add_constructor("tag:yaml.org,2002:timestamp", _Loader.construct_date)
+_Loader.add_constructor(f"{TAG}timestamp", _Loader.construct_date)
 for _kind in ("int", "float"):
-    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_number)
+    _Loader.add_constructor(f"{TAG}{_kind}", _Loader.construct_number)
 
 
-def _refuse(node: yaml.Node, problem: str) -> None:
+def _refuse(node: yaml.Node | yaml.Event, problem: str) -> NoReturn:
     raise StrictYamlError(f"line {node.start_mark.line + 1}: {problem}")
 
 
@@ -52,3 +67,5 @@ def load(text: str) -> Any:
         return yaml.load(text, _Loader)  # a SafeLoader
     except yaml.YAMLError as error:
         raise StrictYamlError(f"it is not YAML ({' '.join(str(error).split())}): correct that line") from None
+    except RecursionError:
+        raise StrictYamlError("groups and lists stand in each other a hundred deep: no setting is like that") from None

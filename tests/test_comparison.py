@@ -1,6 +1,7 @@
 """Tables of a benchmark whose attributes nobody knows, as DreamBench's: what only attributes tell is left out."""
 
 import json
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -8,7 +9,7 @@ import pandas as pd
 import pytest
 from tiny_models import write_tiny_models, write_tiny_profile
 
-from focusdpo_lib import batch, comparison, params, stages
+from focusdpo_lib import batch, comparison, params, runs, stages
 from focusdpo_lib.batch import Job
 from focusdpo_lib.evaluation import tables
 from focusdpo_lib.toybox.benchmark import write_benchmark
@@ -78,6 +79,75 @@ def test_a_benchmark_of_one_case_with_one_photo_a_subject_goes_through_the_noteb
     assert "The anchor 'photos' is left out: there is one photo only of" in said
     result = pd.read_csv(tmp_path / "tables" / "table1" / "table.csv")
     assert result["row"].drop_duplicates().tolist() == ["copy of the reference", "UNO", "IPAP"]
+
+
+# Which training runs may stand in a row
+
+
+def trained(results, name, seed=0, by="dpo", model="base", pairs="pairs", **training):
+    """A complete training run of which only its records are there: all that a table looks at before it samples."""
+    sections = {
+        "backbone": params.Backbone(model=str(results / model)),
+        "objective": params.Objective(name=by),
+        "masks": params.Masks(),
+        "training": params.section("training", {"seed": seed} | training),
+    }
+    for folder in (results / model, results / pairs):
+        runs.write_text(folder / "content", folder.name[:4])  # "base2" holds what "base" holds
+    inputs = {"pairs": results / pairs, "model": results / model}
+    with runs.Run(results / "training" / name, sections, inputs):
+        pass
+    return name
+
+
+def adapters(results, names, by="dpo"):
+    families = {"uno": {"backbone": {"model": str(results / "base")}, "adapters": {by: names}}}
+    return comparison.adapters(results, params.section("families", families).given)
+
+
+def test_the_seeds_of_one_training_are_a_row_wherever_its_base_lies(tmp_path):
+    names = [trained(tmp_path, "a", 0), trained(tmp_path, "b", 1, model="base2"), trained(tmp_path, "c", 7)]
+    found, missing = adapters(tmp_path, [*names, "none"])
+    assert [folder.name for folder in found["uno_dpo"]] == ["a", "b", "c"] and len(missing) == 1
+
+
+@pytest.mark.parametrize(("by", "row"), [("sft", "dpo"), ("dpo", "focusdpo"), ("focusdpo", "patchdpo")])
+def test_a_run_by_another_objective_is_no_row(tmp_path, by, row):
+    sentence = rf"x was trained by {by} and cannot be a row of {row} .*: name it under adapters\.{by}$"
+    with pytest.raises(params.ParameterError, match=sentence):
+        adapters(tmp_path, [trained(tmp_path, "x", by=by)], row)
+
+
+@pytest.mark.parametrize("again", ["a", "copy"])
+def test_a_seed_stands_once_in_a_row(tmp_path, again):
+    trained(tmp_path, "a", 3)
+    shutil.copytree(tmp_path / "training" / "a", tmp_path / "training" / "copy")
+    with pytest.raises(
+        params.ParameterError, match=rf"a and {again} are both of the training seed 3: name each .* once"
+    ):
+        adapters(tmp_path, ["a", again])
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"steps": 301}, r"training\.steps is 300 there, 301 here"),
+        ({"lora": {"rank": 8}}, r"training\.lora\.rank is 32 there, 8 here"),
+        ({"pairs": "more pairs"}, "its input 'pairs' has changed"),
+    ],
+)
+def test_runs_of_different_settings_are_no_seeds_of_one_row(tmp_path, other, said):
+    names = [trained(tmp_path, "a", 0), trained(tmp_path, "b", 1), trained(tmp_path, "c", 2, **other)]
+    with pytest.raises(params.ParameterError, match=rf"UNO\+DPO: a \(there\) and c \(here\) differ .* \({said}\)"):
+        adapters(tmp_path, names)
+
+
+@pytest.mark.parametrize("settings", [{"dip": {}}, {"backbone": {}}])
+def test_a_run_of_another_stage_is_no_training(tmp_path, settings):
+    with runs.Run(tmp_path / "training" / "pairs", settings):
+        pass
+    with pytest.raises(params.ParameterError, match="pairs is no training run: name one that notebook 03 made"):
+        adapters(tmp_path, ["pairs"])
 
 
 @needs_data

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +22,7 @@ from focusdpo_lib.dip.dataset import (
     write_dataset,
 )
 from focusdpo_lib.params import Dip
+from focusdpo_lib.stages import build_pairs
 from focusdpo_lib.toybox.world import CLASSES, Identity, Placement, Scene, halve, photo, render, with_identities
 
 MUG = Identity("mug", "red", "blue", "dots", 0, "green")
@@ -233,6 +235,8 @@ EMPTY = np.zeros((4, 4), bool)
 DEFECTS = {
     "its prompt is empty": {"prompt": " "},
     "it names no subject": {"subjects": ()},
+    r"one of its subjects has no name \(''\)": {"subjects": ("",)},
+    r"one of its subjects has no name \('mug', ' '\)": {"subjects": ("mug", " ")},
     r"1 subject\(s\) \(mug\) but 0 references": {"references": ()},
     r"1 subject\(s\) \(mug\) but 2 references": {"references": SOUND.references * 2},
     r"1 subject\(s\) \(mug\) but 2 masks": {"masks": SOUND.masks * 2},
@@ -323,6 +327,68 @@ def forget(path):
     table = pq.read_table(path)
     noted = {key: value for key, value in table.schema.metadata.items() if key != b"focusdpo_tolerance"}
     pq.write_table(table.replace_schema_metadata(noted), path)
+
+
+# --- Splits in several files ---
+
+
+@pytest.mark.parametrize(
+    "name", ["train-{:05d}-of-00003", "data/train-{:05d}-of-00003", "train-{:05d}-of-00003-a09b74b3"]
+)
+def test_shards_are_read_as_one_split_in_their_order(tmp_path, name):
+    for number in (2, 0, 1):
+        write_dataset(tmp_path / "made", {"train": (tiny(id=f"{number}-{i}") for i in range(2))}, tolerance=number)
+        shard = tmp_path / f"{name.format(number)}.parquet"
+        shard.parent.mkdir(exist_ok=True)
+        (tmp_path / "made" / "train.parquet").rename(shard)
+    split = read_dataset(tmp_path, ["train"])["train"]
+    assert [pair.id for pair in split] == ["0-0", "0-1", "1-0", "1-1", "2-0", "2-1"]
+    assert (split[-1].id, split[2].id, split.tolerance) == ("2-1", "1-0", 2)
+    require_reference_masks(tmp_path)
+    assert build_pairs(tmp_path, "pairs", Dip(folder=str(tmp_path))) == tmp_path
+    rewrite(shard, "prompt", lambda text: "", row=0)
+    with pytest.raises(DatasetError, match=f"pair '1-0' of {shard}: its prompt is empty"):
+        read_dataset(tmp_path, ["train"])
+    shard.unlink()
+    with pytest.raises(DatasetError, match=r"shards of the train split in .* \(there are 0 of 3, 2 of 3\): fetch"):
+        read_dataset(tmp_path, ["train"])
+
+
+@pytest.mark.parametrize("other", ["train-00000-of-00001", "data/train-00000-of-00001"])
+def test_a_split_that_lies_twice_in_a_folder_is_refused(tmp_path, other):
+    write_dataset(tmp_path, {"train": [SOUND]})
+    (tmp_path / "data").mkdir()
+    shutil.copy(tmp_path / "train.parquet", tmp_path / f"{other}.parquet")
+    with pytest.raises(DatasetError, match=f"lies twice in .*train.parquet and .*{other}.parquet: keep the one"):
+        read_dataset(tmp_path, ["train"])
+
+
+@pytest.mark.parametrize("splits", [False, True])
+def test_what_save_to_disk_wrote_is_named(tmp_path, splits):
+    import datasets
+
+    made = datasets.Dataset.from_dict({"id": ["a"]})
+    (datasets.DatasetDict({"train": made}) if splits else made).save_to_disk(tmp_path)
+    with pytest.raises(DatasetError, match=r"holds what save_to_disk wrote, in Arrow files: write .* as train.parquet"):
+        read_dataset(tmp_path, ["train"])
+
+
+@pytest.mark.parametrize("noted", [b"four", b"-5", b"", b"1.5", b"\xff"])
+def test_a_tolerance_that_is_no_number_of_levels_is_named(tmp_path, noted):
+    write_dataset(tmp_path, {"train": [SOUND]})
+    table = pq.read_table(tmp_path / "train.parquet")
+    pq.write_table(table.replace_schema_metadata({"focusdpo_tolerance": noted}), tmp_path / "train.parquet")
+    with pytest.raises(DatasetError, match=r"train.parquet says in its metadata that focusdpo_tolerance is .*: write"):
+        read_dataset(tmp_path, ["train"])
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_a_pair_is_looked_over_once_each_time_it_is_read(tmp_path, monkeypatch, check):
+    write_dataset(tmp_path, {"train": [tiny(id=f"{i}") for i in range(3)]})
+    seen = []
+    monkeypatch.setattr("focusdpo_lib.dip.dataset.defect", lambda pair, tolerance: seen.append(pair.id))
+    split = read_dataset(tmp_path, ["train"], check=check)["train"]
+    assert split[1].id == "1" and seen == (["0", "1", "2", "1"] if check else ["1"])
 
 
 def rewrite(path, column, value, row=1):

@@ -1,8 +1,12 @@
 """Rows that others wrote with Hugging Face `datasets` are read where their meaning is clear, and refused by column."""
 
+import base64
+import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
@@ -122,3 +126,51 @@ def test_a_missing_class_label_is_refused(tmp_path, files):
     pair = row(lambda name: files[name].read_bytes(), subjects=[-1])
     with pytest.raises(DatasetError, match="its subjects is a int where a text is due"):
         written(tmp_path, pair, features=Features(PICTURE_COLUMNS | TEXT_COLUMNS | labels))
+
+
+LABEL = {"names": ["cat", "mug"], "_type": "ClassLabel"}
+
+
+def noted(path, text):
+    """Puts what `datasets` would note of a file's columns in it."""
+    pq.write_table(pq.read_table(path).replace_schema_metadata({"huggingface": text}), path)
+
+
+@pytest.mark.parametrize(
+    "kind", [[LABEL], {"feature": LABEL, "_type": "Sequence"}, {"feature": LABEL, "_type": "List"}]
+)
+def test_lists_of_class_labels_are_read_as_every_version_of_datasets_notes_them(tmp_path, files, kind):
+    written(tmp_path, row(lambda name: files[name].read_bytes()))
+    table = pq.read_table(tmp_path / "train.parquet")
+    at = table.schema.get_field_index("subjects")
+    pq.write_table(table.set_column(at, "subjects", pa.array([[1]])), tmp_path / "train.parquet")
+    noted(tmp_path / "train.parquet", json.dumps({"info": {"features": {"subjects": kind}}}))
+    check(read_dataset(tmp_path, ["train"])["train"][0])
+
+
+@pytest.mark.parametrize(
+    "text", ["null", "[]", '{"info": null}', '{"info": {"features": []}}', '{"info": {"features": {"a": 1}}}']
+)
+def test_notes_of_datasets_that_say_nothing_are_passed_over(tmp_path, files, text):
+    written(tmp_path, row(lambda name: files[name].read_bytes()))
+    noted(tmp_path / "train.parquet", text)
+    check(read_dataset(tmp_path, ["train"])["train"][0])
+
+
+@pytest.mark.parametrize("text", ["{", "", b"\xff"])
+def test_notes_of_datasets_that_are_broken_are_named(tmp_path, files, text):
+    written(tmp_path, row(lambda name: files[name].read_bytes()))
+    noted(tmp_path / "train.parquet", text)
+    with pytest.raises(
+        DatasetError, match=r"train.parquet describes its columns for `datasets` in what is no JSON .*drop"
+    ):
+        read_dataset(tmp_path, ["train"])
+
+
+@pytest.mark.parametrize("column", ["win", "references"])
+def test_base64_is_told_in_short(tmp_path, files, column):
+    text = base64.b64encode(files["win"].read_bytes()).decode()
+    assert len(text) > 1000
+    with pytest.raises(DatasetError, match=rf"its {column}.* is a text of {len(text)} letters .*not base64") as caught:
+        written(tmp_path, row(lambda name: files[name].read_bytes(), **{column: [text] if column != "win" else text}))
+    assert len(str(caught.value)) < 400

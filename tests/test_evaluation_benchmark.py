@@ -5,14 +5,21 @@ import re
 import shutil
 import unicodedata
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from focusdpo_lib.evaluation.benchmark import Benchmark, BenchmarkError, open_image, read_prompts_and_classes
+from focusdpo_lib.evaluation.benchmark import (
+    ATTRIBUTES,
+    Benchmark,
+    BenchmarkError,
+    open_image,
+    read_prompts_and_classes,
+)
 from focusdpo_lib.toybox.benchmark import write_benchmark
+from focusdpo_lib.toybox.world import Identity
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the DreamBench photos are not beside the repository")
@@ -165,8 +172,8 @@ def test_prompts_in_words_of_one_s_own_are_taken(folder, prompt, values, recwarn
 @pytest.mark.parametrize("prompt", ["a vehicle in the snow", "snow", "a cat looking at a car"])
 def test_where_it_cannot_tell_it_says_so_once_and_goes_on(folder, prompt):
     cases = json.loads((folder / "cases_single.json").read_text())
-    for case in cases[:2]:
-        case |= {"prompt": prompt, "image_paths": ["x/car/00.png"]}
+    for number, case in enumerate(cases[:2]):
+        case |= {"prompt": prompt, "image_paths": [f"x/car/0{number}.png"]}
     (folder / "cases_single.json").write_text(json.dumps(cases))
     with pytest.warns(
         UserWarning, match=r"case 0 names .*\(1 more cases are like it\).*list these as 'classes'"
@@ -232,3 +239,133 @@ def test_a_file_in_another_syntax_is_refused(tmp_path):
     path.write_text("cat: cat\n")
     with pytest.raises(BenchmarkError, match="not in DreamBench's syntax"):
         read_prompts_and_classes(path)
+
+
+# --- Lists that say two things at once ---
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('[{"prompt": "a cat", "image_paths": ["x/cat/00.png"], "prompt": "a dog"}]', "the key 'prompt' stands twice"),
+        ('[{"prompt": "a cat", "image_paths": [], "image_paths": ["x/cat/00.png"]}]', "'image_paths' stands twice"),
+        ("[" * 100_000, "recursion"),
+        ('[{"a":' * 50_000, "recursion"),
+    ],
+)
+def test_a_list_that_json_would_read_in_silence_or_not_at_all_is_refused(folder, content, says):
+    (folder / "cases_single.json").write_text(content)
+    with pytest.raises(BenchmarkError, match=rf"cases_single.json is not valid JSON \(.*{says}.*\): fetch"):
+        Benchmark.load(folder, "single")
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("cat,cat\ncat,dog", r"gives the class of cat twice \(cat, dog\): keep one line"),
+        ("cat,cat\ncat,cat", r"gives the class of cat twice \(cat, cat\)"),
+        ("cat,cat,1", r"has the line 'cat,cat,1' among its classes: write it as '<subject>,<class>'"),
+        ("cat;cat", "has the line 'cat;cat'"),
+        ("cat, ", "has the line 'cat,'"),
+        (",cat", "has the line ',cat'"),
+    ],
+)
+def test_a_line_of_the_classes_that_is_unclear_is_refused(folder, line, says):
+    path = folder / "dataset" / "prompts_and_classes.txt"
+    path.write_text(re.sub("^cat,cat$", line, path.read_text(), count=1, flags=re.MULTILINE))
+    with pytest.raises(BenchmarkError, match=says):
+        read_prompts_and_classes(path)
+
+
+@pytest.mark.parametrize(("header", "shown"), [("", "car,car"), ("subject,class,live\n", "subject,class,live")])
+def test_classes_without_their_header_are_refused(folder, header, shown):
+    """Whatever stood first was taken for it, and that subject was gone."""
+    path = folder / "dataset" / "prompts_and_classes.txt"
+    path.write_text(path.read_text().replace("subject_name,class\n", header))
+    with pytest.raises(BenchmarkError, match=rf"begins its classes with '{shown}': put the line 'subject_name,class'"):
+        read_prompts_and_classes(path)
+
+
+@pytest.mark.parametrize("prompt", [r"'a {0} {1} \x in snow'", r'"a {0} \N{nothing}"', r"'a \u12 {0}'"])
+def test_a_prompt_that_is_no_text_is_named(folder, prompt):
+    path = folder / "dataset" / "prompts_and_classes.txt"
+    path.write_text(path.read_text().replace("prompt_list = [\n", f"prompt_list = [\n{prompt}.format(u, c),\n", 1))
+    with pytest.raises(
+        BenchmarkError, match=r"prompts_and_classes.txt holds the prompt .*, which is no text .*: correct"
+    ):
+        read_prompts_and_classes(path)
+
+
+def plain(folder: Path, subjects: dict[str, str], *cases: tuple[str, ...]) -> Path:
+    """A benchmark of these subjects and their classes, with a photo each, and of cases (prompt, subject, …)."""
+    for name in subjects:
+        (folder / "dataset" / name).mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(folder / "dataset" / name / "0.png")
+    classes = "".join(f"{name},{class_name}\n" for name, class_name in subjects.items())
+    text = f"Classes\n\nsubject_name,class\n{classes}\nPrompts\n\nObject Prompts\n\nLive Subject Prompts\n"
+    (folder / "dataset" / "prompts_and_classes.txt").write_text(text)
+    entries = [{"prompt": prompt, "image_paths": [f"x/{name}/0.png" for name in names]} for prompt, *names in cases]
+    kind = {1: "single", 2: "multi"}[len(cases[0]) - 1]
+    (folder / f"cases_{kind}.json").write_text(json.dumps(entries))
+    return folder
+
+
+@pytest.mark.parametrize("pairs", [[("a+b", "c"), ("a", "b+c")], [("c", "a+b"), ("c+a", "b")]])
+def test_two_pairs_of_one_name_are_refused(tmp_path, pairs):
+    subjects = {name: kind for pair in pairs for name, kind in zip(pair, ("dog", "cat"), strict=True)}
+    folder = plain(tmp_path, subjects, *(("a dog and a cat", *pair) for pair in pairs))
+    unit = re.escape("+".join(pairs[0]))
+    with pytest.raises(BenchmarkError, match=rf"pairs \(.*\) and \(.*\), which both are called '{unit}': rename"):
+        Benchmark.load(folder, "multi")
+
+
+@pytest.mark.parametrize("kind", ["single", "multi"])
+def test_a_case_that_stands_twice_is_refused(folder, kind):
+    path = folder / f"cases_{kind}.json"
+    cases = json.loads(path.read_text())
+    path.write_text(json.dumps([*cases[:5], cases[2]]))
+    with pytest.raises(
+        BenchmarkError, match=rf"case 5 of .*cases_{kind}.json repeats case 2: leave one of the two out"
+    ):
+        Benchmark.load(folder, kind)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda found: [found], "gives no attributes by subject: write"),
+        (lambda found: found | {"cat": "red"}, "gives no attributes by subject: write"),
+        (lambda found: found | {"cat": {"base": "red"}}, "lacks or should not have accent, angle, class_name, pattern"),
+        (
+            lambda found: found | {"cat": found["cat"] | {"colour": "red"}},
+            "lacks or should not have colour of cat: give",
+        ),
+        (lambda found: found | {"cat": found["cat"] | {"angle": "45"}}, "gives of cat as angle '45'"),
+        (lambda found: found | {"cat": found["cat"] | {"base": None}}, "gives of cat as base None"),
+    ],
+)
+def test_attributes_that_nothing_could_be_scored_by_are_refused(folder, change, says):
+    path = folder / "attributes.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(BenchmarkError, match=rf"attributes.json {says}"):
+        Benchmark.load(folder, "single")
+
+
+def test_the_attributes_are_those_of_an_identity():
+    assert {field.name: field.type for field in fields(Identity)} == ATTRIBUTES
+
+
+@pytest.mark.parametrize("names", [["wolf"], ["wolf", "ünï"]])
+def test_folders_that_the_list_does_not_name_are_said(folder, names):
+    for name in [*names, ".cache"]:
+        (folder / "dataset" / name).mkdir()
+    with pytest.warns(UserWarning, match=f"dataset holds folders that .* does not name: {', '.join(names)}$"):
+        Benchmark.load(folder, "single")
+
+
+@pytest.mark.parametrize("suffix", ["heic", "cr2"])
+def test_a_subject_with_photos_that_cannot_be_read_says_so(folder, suffix):
+    for photo in (folder / "dataset" / "cat").iterdir():
+        photo.rename(photo.with_suffix(f".{suffix}"))
+    with pytest.raises(BenchmarkError, match=rf"no photo of the subject 'cat': save .*00.{suffix}, .* as JPEG or PNG"):
+        Benchmark.load(folder, "single")

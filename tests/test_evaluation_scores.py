@@ -239,7 +239,8 @@ def test_a_reader_adds_attribute_rows_where_the_benchmark_knows_them(folder, tmp
     images = generated(tmp_path, _0000_0=90)
     without = score_images(Benchmark.load(folder, "multi"), images, encoders, settings(), ONE)
     assert "leakage" not in set(without["metric"])
-    (folder / "attributes.json").write_text(json.dumps({"cat": CAT, "mug": MUG}))
+    attributes = {"cat": CAT | {"angle": 0}, "mug": MUG | {"angle": 45}}  # which no reader recovers
+    (folder / "attributes.json").write_text(json.dumps(attributes))
     scores = score_images(Benchmark.load(folder, "multi"), images, encoders, settings(), ONE)
     assert values(scores, "attribute_accuracy") == [0.8, 1.0]
     assert values(scores, "leakage") == pytest.approx([1 / 3, 0])

@@ -111,7 +111,7 @@ def test_the_paper_s_training_runs_with_a_tiny_model_in_child_processes(home, tm
 
 
 def test_a_folder_without_pairs_is_named(tmp_path):
-    with pytest.raises(runs.RunError, match=r"holds no train.parquet: correct it, or make the pairs first"):
+    with pytest.raises(runs.RunError, match=r"dip.folder = .* is not accepted: .*train.parquet does not exist"):
         stages.build_pairs(tmp_path, "pairs", params.Dip(folder=str(tmp_path)))
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from focusdpo_lib import params
+from focusdpo_lib import params, stages
 from focusdpo_lib.params import ParameterError
 
 WHERE = "params/toybox/03.yaml"
@@ -117,3 +117,19 @@ def test_a_missing_file_is_named():
 def test_an_empty_file_changes_nothing(tmp_path):
     (tmp_path / "x.yaml").write_text("# only a comment\n")
     assert params.read_yaml(tmp_path / "x.yaml") == {}
+
+
+@pytest.mark.parametrize(
+    "name", ["", " ", ".", "..", ".hidden", "a/b", "../a", "/a", "a\0b", "a\nb", "x" * 300, "é" * 101]
+)
+def test_a_name_that_is_no_folder_s_is_refused_by_stages_and_among_adapters(name, tmp_path):
+    with pytest.raises(ParameterError, match="names no folder of a run: give a name of up to 200 letters") as caught:
+        stages.place(tmp_path, "training", name)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 250
+    assert "families.uno.adapters.dpo.1" in refusal("families", {"uno": {"adapters": {"dpo": ["fine", name]}}})
+
+
+@pytest.mark.parametrize("name", ["uno_dpo-seed0", "a b", "ünï {x} 100%", "x" * 200])
+def test_any_other_name_is_a_folder_of_its_stage(name, tmp_path):
+    assert stages.place(tmp_path, "training", name).parent == tmp_path / "training"
+    params.section("families", {"uno": {"adapters": {"dpo": [name]}}})

@@ -27,15 +27,28 @@ VALUES = (
         "@",
         "\t",
     ),
-    *("9" * 400, "{a: [1, {b: 2}]}", "[1, [2, [3]]]", "\x00", "\ud83d\ude00", "e\u0301", "toybox", "../../x", "~/x"),
+    *("!!int x", "!!int ''", "!!bool maybe", "!!null x", "!!float 3", "!foo x", "! x", "[" * 3000, "{a: " * 400),
+    *(
+        "9" * 400,
+        "9" * 5000,
+        "{a: [1, {b: 2}]}",
+        "[1, [2, [3]]]",
+        "\x00",
+        "\ud83d\ude00",
+        "e\u0301",
+        "toybox",
+        "../../x",
+        "~/x",
+    ),
 )
+KEYS = ("1", "true", "null", "~", "", "2024-01-02", "? [a]", "!!int a", "<<", "'training'", "[a]", "&a b", "*a", "1e3")
 
 
 def mutated(text: str, dice: random.Random) -> str:
-    """A line dropped, doubled, moved, indented, cut, with another value, or with characters changed."""
+    """A line dropped, doubled, moved, indented, cut, with another key or value, or with characters changed."""
     lines = text.splitlines()
     at = dice.randrange(len(lines))
-    match dice.randrange(7):
+    match dice.randrange(8):
         case 0:
             del lines[at]
         case 1:
@@ -48,6 +61,10 @@ def mutated(text: str, dice: random.Random) -> str:
             lines[at] = lines[at][: dice.randrange(len(lines[at]) + 1)]
         case 5:
             lines[at] = lines[at].partition(":")[0] + ": " + dice.choice(VALUES)
+        case 7:
+            key, colon, value = lines[at].partition(":")
+            indent = key[: len(key) - len(key.lstrip())]
+            lines[at] = indent + dice.choice(KEYS) + (colon or ":") + value
         case 6:
             place = dice.randrange(len(lines[at]) + 1)
             lines[at] = lines[at][:place] + dice.choice("{}[]:,&*!|>'\"%@`#-\t\ufeff\x07é ") + lines[at][place:]

@@ -1,5 +1,6 @@
 """Files are whole or absent, runs are complete or resumed and never mixed; also when the process is killed."""
 
+import hashlib
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ import pytest
 import yaml
 
 from focusdpo_lib import params, runs
-from focusdpo_lib.runs import Run, RunError, atomic
+from focusdpo_lib.runs import MARKER, Run, RunError, atomic
 
 
 def names(folder):
@@ -247,7 +248,8 @@ def test_a_finished_run_whose_files_are_rewritten_is_another_input(tmp_path):
     rewritten(tmp_path / "pairs" / "train.parquet", "two")
     assert runs.fingerprint(tmp_path / "pairs") != before
     (tmp_path / "pairs" / "train.parquet").unlink()
-    assert runs.fingerprint(tmp_path / "pairs") != before
+    with pytest.raises(RunError, match="pairs has lost a file that it made: run it again"):
+        runs.fingerprint(tmp_path / "pairs")
 
 
 def test_a_file_is_read_again_only_where_it_may_have_changed(tmp_path, monkeypatch):
@@ -272,9 +274,116 @@ def test_a_missing_input_is_named(tmp_path):
         Run(tmp_path / "r", {}, {"pairs": tmp_path / "nowhere"})
 
 
-def test_a_damaged_marker_is_told(tmp_path):
+@pytest.mark.parametrize("marker", ["{", "", "{}", "[]", "3", '{"fingerprint": 3}', '{"fingerprint": "", "files": 1}'])
+def test_a_damaged_marker_is_told(tmp_path, marker):
     with Run(tmp_path / "r", {}) as run:
         pass
-    (run.folder / "complete.json").write_text("{")
-    with pytest.raises(RunError, match=r"complete\.json cannot be read"):
-        _ = run.complete
+    (run.folder / "complete.json").write_text(marker)
+    for look in (lambda: run.complete, lambda: runs.is_complete(run.folder), lambda: runs.fingerprint(run.folder)):
+        with pytest.raises(RunError, match=r"complete\.json cannot be read .*: delete the folder .*r and run again"):
+            look()
+
+
+@pytest.mark.parametrize(
+    ("record", "content"),
+    [
+        *(("params.yaml", content) for content in (b"a: [1", b"", b"\xff\xfe", b"3")),
+        *(("inputs.json", content) for content in (None, b"[]", b'{"a": 1}', b'{"a": {}}')),
+    ],
+)
+def test_a_damaged_record_of_an_unfinished_run_is_told(tmp_path, record, content):
+    run = Run(tmp_path / "r", {"a": 1})
+    run.start()
+    (run.folder / record).unlink() if content is None else (run.folder / record).write_bytes(content)
+    with pytest.raises(RunError, match=rf"{record} cannot be read .*: delete the folder .*r and run again") as caught:
+        Run(tmp_path / "r", {"a": 1}).start()
+    assert "\n" not in str(caught.value)
+
+
+# What a run made
+
+
+@pytest.mark.parametrize("lost", ["adapter/weights.bin", "table.csv"])
+def test_a_run_that_lost_a_file_is_made_again(tmp_path, lost):
+    def make():
+        run = Run(tmp_path / "r", {"a": 1})
+        run.passing = ("checkpoint",)
+        with run:
+            for name in ("adapter/weights.bin", "table.csv", "checkpoint", "said.log", ".hidden"):
+                runs.write_text(run.folder / name, name)
+        return run
+
+    run = make()
+    for name in ("checkpoint", "said.log", ".hidden"):  # what nobody misses
+        (run.folder / name).unlink()
+    assert run.complete
+    (run.folder / lost).unlink()
+    assert not run.complete and not runs.is_complete(run.folder)
+    with pytest.raises(ZeroDivisionError), Run(tmp_path / "r", {"a": 1}):
+        assert not (run.folder / "complete.json").exists()  # killed now, it is an unfinished run like any other
+        raise ZeroDivisionError
+    assert make().complete and (run.folder / lost).read_text() == lost
+
+
+def test_a_run_whose_marker_lists_no_files_stays_complete_and_the_same_input(tmp_path):
+    """As runs were finished before the list was kept: their inputs are known by the marker of that time."""
+    with Run(tmp_path / "r", {"a": 1}) as run:
+        runs.write_text(run.folder / "out.bin", "x")
+    known = runs.fingerprint(run.folder)
+    text = json.dumps({"fingerprint": run.fingerprint}, indent=2) + "\n"
+    (run.folder / "complete.json").write_text(text)
+    hashes = {name: hashlib.sha256(what.encode()).hexdigest() for name, what in (("out.bin", "x"), (MARKER, text))}
+    assert run.complete and runs.fingerprint(run.folder) == known == runs.digest(hashes)
+    (run.folder / "out.bin").unlink()
+    assert run.complete
+
+
+# Places that cannot hold a run
+
+
+@pytest.mark.parametrize("place", ["file", "file/training/run"])
+def test_a_file_where_a_run_should_go_is_named(tmp_path, place):
+    (tmp_path / "file").write_text("x")
+    run = Run(tmp_path / place, {})
+    assert not run.complete
+    for make in (run.start, lambda: run.alone().__enter__()):
+        with pytest.raises(RunError, match=r"cannot be written \(.*file is a file\): choose another place"):
+            make()
+
+
+@pytest.mark.parametrize("folder", ["proc", "sys"])
+def test_a_folder_that_nobody_may_write_to_is_not_called_a_full_disk(folder):
+    """The kernel's own folders, of which not even root may make another."""
+    with pytest.raises(RunError, match=rf"^the folder /{folder}/x/y cannot be written \(.* in /{folder}\): choose"):
+        Run(f"/{folder}/x/y", {}).start()
+
+
+# Folders as inputs
+
+
+def test_what_lies_behind_a_link_belongs_to_a_folder_and_what_is_hidden_does_not(tmp_path):
+    data, other = tmp_path / "data", tmp_path / "other"
+    for folder in (data, other):
+        folder.mkdir()
+        (folder / "a").write_text("1")
+    plain = runs.fingerprint(data)
+    for hidden in (".DS_Store", ".cache/huggingface/b", ".git/c"):
+        (data / hidden).parent.mkdir(parents=True, exist_ok=True)
+        (data / hidden).write_text("x")
+    assert runs.fingerprint(data) == plain == runs.digest({"a": hashlib.sha256(b"1").hexdigest()})
+    (data / "link").symlink_to(other)
+    linked = runs.fingerprint(data)
+    assert linked == runs.digest(dict.fromkeys(("a", "link/a"), hashlib.sha256(b"1").hexdigest()))
+    rewritten(other / "a", "2")
+    assert runs.fingerprint(data) != linked
+
+
+def test_links_in_a_circle_end(tmp_path):
+    for name, target in (("a", "b"), ("b", "a")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+        (tmp_path / name / "to").symlink_to(tmp_path / target)
+    (tmp_path / "a" / "self").symlink_to(tmp_path / "a")
+    (tmp_path / "a" / "broken").symlink_to("nowhere")
+    of = {name: hashlib.sha256(name.encode()).hexdigest() for name in "ab"}
+    assert runs.fingerprint(tmp_path / "a") == runs.digest({"file": of["a"], "to/file": of["b"]})

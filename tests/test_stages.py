@@ -5,13 +5,16 @@ import shutil
 from dataclasses import replace
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_training import TRAINING
 
 from focusdpo_lib import params, stages
-from focusdpo_lib.dip.dataset import DatasetError, read_dataset, write_dataset
+from focusdpo_lib.dip.dataset import DatasetError, pictures_behind, read_dataset, write_dataset
+from focusdpo_lib.dip.rows import PICTURES
 from focusdpo_lib.evaluation.benchmark import Benchmark, BenchmarkError
 from focusdpo_lib.evaluation.encoders import EncoderError
 from focusdpo_lib.runs import RunError, is_complete
@@ -126,9 +129,44 @@ def test_what_the_end_of_a_training_needs_is_looked_at_before(results, pairs_run
         check(benchmark={"multi": str(tmp_path / "nowhere.json"), "folder": str(stages.toybox_benchmark(results))})
     with pytest.raises(EncoderError, match="cannot be loaded"):
         check(objective={"name": "patchdpo", "patch_encoder": str(tmp_path)})
+    rows = pq.read_table(pairs_run / "validation.parquet").to_pylist()
+    for column, value, sentence in (("prompt", " ", "its prompt is empty"), ("split", "test", "belongs to the split")):
+        pq.write_table(pa.Table.from_pylist([rows[0] | {column: value}]), tmp_path / "pairs" / "validation.parquet")
+        with pytest.raises(DatasetError, match=rf"validation.parquet: .*{sentence}"):
+            check(folder=str(tmp_path / "pairs"))
     for samples in (0, -1, "4"):
         with pytest.raises(params.ParameterError, match=r"^samples = .* at least 1"):
             check(samples=samples)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "says"),
+    [
+        ("flux_uno", {"size": 63}, r"generation\.size = 63 is not accepted: toybox draws multiples of 8$"),
+        ("flux_uno", {"size": 60}, r"generation\.size = 60 is not accepted"),
+        ("flux_uno", {"size": 64, "reference_size": 32}, None),
+        ("sdxl_ip", {"size": 62}, r"generation\.size = 62 is not accepted: toybox draws multiples of 4$"),
+        ("sdxl_ip", {"size": 60}, None),
+    ],
+)
+def test_sizes_that_the_model_does_not_draw_are_refused_before_training(results, family, settings, says):
+    """The toybox's autoencoders halve an image twice; a token of FLUX is two latents wide."""
+    backbone, generation = params.Backbone(family=family), params.Generation(**settings)
+    looks = params.Dip(), params.Objective(), params.Benchmark(), 2, backbone, generation
+    if says is None:
+        stages.check_training(results, *looks)
+    else:
+        with pytest.raises(params.ParameterError, match=says):
+            stages.check_training(results, *looks)
+
+
+def test_a_reference_smaller_than_a_token_is_refused_before_training(results, tmp_path):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text('{"block_out_channels": [128, 256, 512, 512]}')  # FLUX.1's: 16 pixels
+    looks = params.Dip(), params.Objective(), params.Benchmark(), 2, params.Backbone(model=str(tmp_path))
+    for name in ("reference_size", "references_size"):
+        with pytest.raises(params.ParameterError, match=rf"generation\.{name} = 15 .*: a token of .* has 16 pixels"):
+            stages.check_training(results, *looks, params.Generation(**{name: 15}))
 
 
 def test_a_tilde_is_the_users_own_folder(results, tiny_flux, pairs_run, tmp_path, monkeypatch):
@@ -195,6 +233,73 @@ def test_pairs_rewritten_in_place_are_prepared_anew(results, tiny_flux, pairs_ru
     write_dataset(pairs, {"train": [replace(found[0], prompt="a purple elephant")]})
     after = stages.prepare_pairs(results, pairs, model, params.Masks())
     assert after != before and sum(map(len, load(after).values())) == 1
+
+
+def by_name(pairs_run, folder):
+    """Two pairs whose rows name files in place of holding pictures: relative to theirs, and absolute."""
+    rows = pq.read_table(pairs_run / "train.parquet").slice(0, 2).to_pylist()
+    for number, row in enumerate(rows):
+        for column in PICTURES:
+            several = row[column] if isinstance(row[column], list) else [row[column]]
+            files = [folder / f"{number}-{column}-{i}.png" for i in range(len(several))]
+            for file, picture in zip(files, several, strict=True):
+                file.write_bytes(picture["bytes"])
+            names = [str(file) if number else file.name for file in files]
+            row[column] = names if isinstance(row[column], list) else names[0]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_pictures_that_rows_only_name_belong_to_the_pairs(results, tiny_flux, pairs_run, tmp_path, number):
+    by_name(pairs_run, tmp_path)
+    assert len(pictures_behind(tmp_path)) == len(list(tmp_path.glob("*.png")))
+    assert pictures_behind(pairs_run) == {}
+    model = params.Backbone(model=str(tiny_flux))
+    before = stages.prepare_pairs(results, tmp_path, model, params.Masks())
+    assert stages.prepare_pairs(results, tmp_path, model, params.Masks()) == before
+    trained = train(results, tiny_flux, tmp_path, f"named-{number}", objective="dpo", batch_size=1, steps=1)
+    reference = tmp_path / f"{number}-references-0.png"
+    reference.write_bytes((tmp_path / f"{1 - number}-references-0.png").read_bytes())
+    after = stages.prepare_pairs(results, tmp_path, model, params.Masks())
+    assert after != before
+    with pytest.raises(RunError, match="its input 'pictures' has changed"):
+        train(results, tiny_flux, tmp_path, trained.name, objective="dpo", batch_size=1, steps=1)
+
+
+@pytest.mark.parametrize("lost", ["train.parquet", "test.parquet"])
+def test_pairs_that_lost_a_file_are_made_again(tmp_path, lost):
+    few = params.Dip(train_pairs=2, validation_pairs=1)
+    folder = stages.build_pairs(tmp_path, "pairs", few)
+    before = {path.name: path.read_bytes() for path in folder.glob("*.parquet")}
+    (folder / lost).unlink()
+    stages.build_pairs(tmp_path, "pairs", few)
+    assert {path.name: path.read_bytes() for path in folder.glob("*.parquet")} == before
+
+
+def test_an_adapter_or_an_image_that_was_lost_is_made_again(results, tiny_flux, pairs_run):
+    benchmark = Benchmark.load(stages.toybox_benchmark(results), "single")
+    benchmark = replace(benchmark, cases=benchmark.cases[:2])
+    model, adapter = params.Backbone(model=str(tiny_flux)), train(results, tiny_flux, pairs_run, "lost", steps=1)
+    weights = adapter / ADAPTER / "pytorch_lora_weights.safetensors"
+    images = stages.generate_images(results, "lost", benchmark, model, ONE_STEP, adapter)
+    picture = images / "images" / "0001_0.png"
+    before = weights.read_bytes(), picture.read_bytes()
+    weights.unlink()
+    with pytest.raises(RunError, match="lost is not complete: run notebook 03"):
+        stages.generate_images(results, "lost", benchmark, model, ONE_STEP, adapter)
+    train(results, tiny_flux, pairs_run, "lost", steps=1)
+    picture.unlink()
+    stages.generate_images(results, "lost", benchmark, model, ONE_STEP, adapter)
+    assert before == (weights.read_bytes(), picture.read_bytes())
+
+
+@pytest.mark.parametrize("lost", ["cases_single.json", "dataset/prompts_and_classes.txt", "dataset/cat/00.png"])
+def test_a_toybox_benchmark_that_lost_a_file_says_what_to_delete(tmp_path, lost):
+    folder = stages.toybox_benchmark(tmp_path)
+    for path in folder.glob("dataset/cat/*.png") if lost.endswith(".png") else [folder / lost]:
+        path.unlink()
+    with pytest.raises(BenchmarkError, match=f"the toybox's own: delete {folder}, and it is written anew"):
+        stages.load_benchmark(tmp_path, params.Benchmark(), "single")
 
 
 def test_prepared_pairs_are_shared_by_what_they_are(results, tiny_flux, pairs_run):

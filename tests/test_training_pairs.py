@@ -13,7 +13,7 @@ from tiny_training import tiny_pairs
 
 from focusdpo_lib import params, stages
 from focusdpo_lib.dip.dataset import write_dataset
-from focusdpo_lib.runs import LOCK, RunError, locked
+from focusdpo_lib.runs import LOCK, Run, RunError, locked
 from focusdpo_lib.training import pairs as module
 from focusdpo_lib.training import row_file
 from focusdpo_lib.training.pairs import BATCHES, join, load, prepare_into
@@ -134,7 +134,8 @@ def test_an_interrupted_preparation_goes_on_and_ends_the_same(backbone, patches,
     assert [len(batch) for batch in batches] == [2, 2, 1, 2, 2, 1]
     with pytest.raises(KeyboardInterrupt):
         prepare_all(tmp_path / "broken", fail_at=4)
-    assert load(tmp_path / "broken") == {}  # nothing half-made is taken for whole
+    with pytest.raises(RunError, match=r"prepared pairs in .*broken lack references_1"):  # half-made is not whole
+        load(tmp_path / "broken")
     assert prepare_all(tmp_path / "broken") == batches[4:]
     assert prepare_all(tmp_path / "broken") == []
     for whole in (tmp_path / "whole").iterdir():
@@ -173,6 +174,38 @@ def test_a_batch_that_somebody_deleted_is_not_passed_over(backbone, tmp_path):
     (tmp_path / BATCHES / "1-000000001.safetensors").unlink()
     with pytest.raises(RunError, match=r"lacks the batch before 1-000000002\.safetensors: delete .* and run again"):
         join(tmp_path)
+
+
+@pytest.mark.parametrize("gone", [1, 2])
+def test_prepared_pairs_that_lost_a_file_are_not_trained_on_and_are_prepared_anew(
+    backbone, tmp_path, monkeypatch, gone
+):
+    def prepared():
+        run = Run(tmp_path / "prepared", {})
+        if not run.complete:
+            with run:
+                prepare_into(run.folder, backbone, tiny_pairs(2), params.Masks())
+                join(run.folder)
+        return run.folder
+
+    folder = prepared()
+    file = folder / f"references_{gone}.safetensors"
+    whole = file.read_bytes()
+    file.unlink()
+    with pytest.raises(RunError, match=rf"in .*prepared lack references_{gone}\.safetensors: delete .* and run again"):
+        load(folder)
+    assert {count: len(pairs) for count, pairs in load(prepared()).items()} == {1: 2, 2: 2}
+    assert file.read_bytes() == whole
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_prepared_pairs_that_are_cut_are_told(backbone, tmp_path, keep):
+    prepare_into(tmp_path, backbone, tiny_pairs(2), params.Masks())
+    join(tmp_path)
+    file = tmp_path / "references_2.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(RunError, match=r"references_2\.safetensors are damaged .*: delete .* and run again"):
+        load(tmp_path)
 
 
 def test_memory_holds_one_batch(backbone, tmp_path, monkeypatch):

@@ -46,7 +46,7 @@ def chosen_overrides(given: argparse.Namespace) -> dict[str, Any]:
         key, equals, value = text.partition("=")
         if not (key and equals):
             raise ParameterError(f"--set {text} is not accepted: write it as --set KEY=VALUE")
-        overrides[key] = _value(key, value)
+        overrides |= params.flat_overrides(key, _value(key, value))
     return overrides
 
 

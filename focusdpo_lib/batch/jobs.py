@@ -39,20 +39,29 @@ class Job:
 def resolved(job: Job) -> dict[str, Any]:
     """What the notebook is given: the YAML under the overrides, checked against the notebook's parameters cell."""
     values = params.read_yaml(job.params) if job.params else {}
+    values.pop(RESOURCES, None)
+    notebooks.check(job.notebook, values, str(job.params))
+    known = notebooks.parameters(job.notebook) if job.overrides else {}
     for key, value in job.overrides.items():
         name, *inner = key.split(".")
-        section = values.get(name) or notebooks.parameters(job.notebook).get(name)
-        values[name] = replaced(section, inner, value)
-    values.pop(RESOURCES, None)
-    notebooks.check(job.notebook, values, str(job.params or "the overrides"))
+        if name != RESOURCES:
+            values[name] = replaced(values.get(name) or known.get(name), inner, value)
+    notebooks.check(job.notebook, values, _where(job))
     return values
+
+
+def _where(job: Job) -> str:
+    """What to name where overrides and YAML together are wrong, and the YAML alone is not."""
+    if not job.overrides:
+        return str(job.params)
+    return f"the overrides {', '.join(job.overrides)}" + (f" over {job.params}" if job.params else "")
 
 
 def resources(job: Job) -> params.Resources:
     """What the job asks an engine for: the YAML's `resources` under the overrides."""
     asked = (params.read_yaml(job.params) if job.params else {}).get(RESOURCES) or {}
     over = {key.partition(".")[2]: v for key, v in job.overrides.items() if key.startswith(f"{RESOURCES}.")}
-    return params.section(RESOURCES, {**asked, **over}, str(job.params or "the overrides"))
+    return params.section(RESOURCES, {**asked, **over}, _where(job))
 
 
 def is_complete(job: Job) -> bool:
@@ -104,6 +113,7 @@ def checked(jobs: Sequence[Job]) -> list[str]:
         problems += [f"{job.name}: runs after {n}, which is not a job before it" for n in job.after if n not in names]
         names.add(job.name)
         try:
+            params.run_name(job.name)
             resolved(job)
             resources(job)
         except (ParameterError, OSError) as error:

@@ -14,6 +14,8 @@ from typing import Any
 from focusdpo_lib import params, runs
 from focusdpo_lib.params import ParameterError
 
+RUNS = ("run", "pairs")  # parameters that name a run, by which its folder is called
+
 
 class NotebookError(RuntimeError):
     """A notebook that did not run to its end; the message says which, in which cell, why, and what is kept."""
@@ -73,6 +75,15 @@ def check(notebook: Path, values: Mapping[str, Any], where: str) -> None:
         if name in params.SECTIONS:
             params.section(name, value, where)
         _check_type(name, value, defaults[name], where)
+        if name in RUNS and isinstance(value, str):
+            _check_run_name(name, value, where)
+
+
+def _check_run_name(name: str, value: str, where: str) -> None:
+    try:
+        params.run_name(value)
+    except ParameterError as error:
+        raise ParameterError(f"{name} in {where}: {error}") from None
 
 
 def execute(notebook: Path, output: Path, values: Mapping[str, Any], failed: Path, warm: bool = False) -> None:

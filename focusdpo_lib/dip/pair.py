@@ -50,6 +50,8 @@ def defect(pair: Pair, tolerance: int = 0) -> str | None:
         return "its prompt is empty"
     if not pair.subjects:
         return "it names no subject"
+    if not all(name and name.strip() for name in pair.subjects):
+        return f"one of its subjects has no name ({', '.join(map(repr, pair.subjects))})"
     for name in _PER_SUBJECT:
         count = len(getattr(pair, name))
         if count != len(pair.subjects):

@@ -2,7 +2,8 @@
 
 import io
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from PIL import Image as PILImage
 
 from focusdpo_lib import pictures
 from focusdpo_lib.dip.pair import REFERENCE_MASKS, DatasetError, Pair
+
+PICTURES = ("win", "lose", "references", "masks", REFERENCE_MASKS)  # columns
+LONG = 255  # letters of a text that may be anything
 
 
 @cache
@@ -39,11 +43,27 @@ def features():
     )
 
 
-def class_names(schema: pa.Schema) -> dict[str, list[str]]:
+def class_names(schema: pa.Schema, path: Path) -> dict[str, list[str]]:
     """The names behind the numbers of each column of class labels, or of lists of them, as `datasets` notes them."""
-    noted = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    columns = {name: [kind, kind.get("feature")] for name, kind in noted.items() if isinstance(kind, dict)}
-    return {c: k["names"] for c, kinds in columns.items() for k in kinds if isinstance(k, dict) and "names" in k}
+    try:
+        noted = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    except ValueError as error:
+        raise DatasetError(
+            f"{path} describes its columns for `datasets` in what is no JSON ({error}): write it again, or drop its "
+            "metadata 'huggingface'"
+        ) from None
+    for part in ("info", "features"):
+        noted = noted.get(part) if isinstance(noted, dict) else None
+    return {column: names for column, kind in (noted or {}).items() if (names := _names(kind))}
+
+
+def _names(kind: Any) -> list[str]:
+    """The names of a kind of column; of a list of labels `datasets` wrote [kind] or, since 4, {"feature": kind}."""
+    if isinstance(kind, list) and len(kind) == 1:
+        return _names(kind[0])
+    if not isinstance(kind, dict):
+        return []
+    return kind["names"] if isinstance(kind.get("names"), list) else _names(kind.get("feature"))
 
 
 def encode(pair: Pair) -> dict[str, Any]:
@@ -81,6 +101,24 @@ def decode(row: Mapping[str, Any], path: Path, classes: Mapping[str, list[str]])
     )
 
 
+def named_files(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The names of files that stand in rows in place of pictures."""
+    stored = (_stored(value) for row in rows for name in PICTURES for value in _list(row.get(name)))
+    return [name for name in stored if name and isinstance(name, str)]
+
+
+def _stored(value: Any) -> Any:
+    """A picture as its bytes or the name of its file. `datasets` stores {"bytes": …, "path": …}, either may be None."""
+    return value.get("bytes") or value.get("path") if isinstance(value, dict) else value
+
+
+def _list(value: Any) -> list:
+    """A list, or what stands alone where one is due."""
+    if isinstance(value, list):
+        return value
+    return [] if value is None else [value]
+
+
 class _Row:
     def __init__(self, row: Mapping[str, Any], path: Path, classes: Mapping[str, list[str]]):
         self.row, self.path, self.classes = row, path, classes
@@ -92,7 +130,7 @@ class _Row:
         return self._text(name, self.row[name])
 
     def texts(self, name: str) -> tuple[str, ...]:
-        return tuple(self._text(name, value) for value in self._listed(name))
+        return tuple(self._text(name, value) for value in _list(self.row.get(name)))
 
     def _text(self, name: str, value: Any) -> str:
         if isinstance(value, int) and 0 <= value < len(self.classes.get(name, ())):
@@ -101,17 +139,12 @@ class _Row:
             return "" if value is None else str(value)
         raise self.refused(f"its {name} is a {type(value).__name__} where a text is due")
 
-    def _listed(self, name: str) -> list:
-        value = self.row.get(name)
-        if isinstance(value, list):
-            return value
-        return [] if value is None else [value]
-
-    def picture(self, name: str, stored: Any, read=pictures.read) -> np.ndarray:
-        """Of what `datasets` stores: {"bytes": …, "path": …}, of which either may be None; or of either alone."""
-        if isinstance(stored, dict):
-            stored = stored.get("bytes") or stored.get("path")
+    def picture(self, name: str, value: Any, read=pictures.read) -> np.ndarray:
+        stored = _stored(value)
         if stored and isinstance(stored, str):
+            if len(stored) > LONG and not os.path.isfile(self.path.parent / stored):
+                start = f"a text of {len(stored)} letters ({stored[:16]!r} …) that is no file's name"
+                raise self.refused(f"its {name} is {start}: store the bytes of an image file, not base64, or its path")
             stored = self.path.parent / stored
         if not stored or not isinstance(stored, bytes | Path):
             found = "empty" if not stored else f"a {type(stored).__name__}"
@@ -122,7 +155,7 @@ class _Row:
             raise self.refused(str(defect)) from None
 
     def pictures(self, name: str, read=pictures.read) -> tuple[np.ndarray, ...]:
-        return tuple(self.picture(f"{name}[{i}]", stored, read) for i, stored in enumerate(self._listed(name)))
+        return tuple(self.picture(f"{name}[{i}]", stored, read) for i, stored in enumerate(_list(self.row.get(name))))
 
     def notes(self, name: str) -> dict[str, Any]:
         value = self.row[name]

@@ -21,6 +21,9 @@ from focusdpo_lib import pictures
 from focusdpo_lib.evaluation import wording
 
 KINDS = {"single": 1, "multi": 2}  # references a case
+HEADER = "subject_name,class"
+# What the toybox's attributes.json says of every subject.
+ATTRIBUTES = {"class_name": str, "base": str, "accent": str, "pattern": str, "angle": int, "trim": str}
 
 
 class BenchmarkError(ValueError):
@@ -70,8 +73,11 @@ class Benchmark:
         if kind not in KINDS:
             raise BenchmarkError(f"benchmark kind '{kind}' is unknown: choose one of {', '.join(KINDS)}")
         classes, prompts = read_prompts_and_classes(folder / "dataset" / "prompts_and_classes.txt")
-        attributes = _read_json(folder / "attributes.json") if (folder / "attributes.json").exists() else {}
+        attributes = _attributes(folder / "attributes.json")
         places = {_composed(p.name): p for p in (folder / "dataset").iterdir()}
+        if others := sorted(n for n, p in places.items() if n not in classes and n[0] != "." and p.is_dir()):
+            named = "prompts_and_classes.txt does not name"
+            warnings.warn(f"{folder / 'dataset'} holds folders that {named}: {', '.join(others)}", stacklevel=2)
         subjects = {
             n: _subject(places.get(n, folder / "dataset" / n), n, c, attributes.get(n)) for n, c in classes.items()
         }
@@ -131,14 +137,58 @@ def read_prompts_and_classes(path: Path) -> tuple[dict[str, str], dict[str, list
     """DreamBench's prompts_and_classes.txt → {subject: class}, {"object": templates, "live": templates}."""
     text = _read(path, "point at a folder whose 'dataset' is laid out as DreamBench")
     parts = re.fullmatch(r"\s*Classes(.*?)\nPrompts.*?Object Prompts(.*?)Live Subject Prompts(.*)", text, re.DOTALL)
-    rows = re.findall(r"^([^,\n]+),([^,\n]+)$", parts[1], re.MULTILINE) if parts else []
-    if not parts or not rows[1:]:
+    if not parts:
         raise BenchmarkError(f"{path} is not in DreamBench's syntax (Classes, Object Prompts, Live Subject Prompts)")
-    rows = rows[1:]  # the first is the header
-    classes = {_composed(name.strip()): class_name.strip() for name, class_name in rows}
-    quoted = re.compile(r"""^('.*'|".*")\.format""", re.MULTILINE)
-    object_prompts, live_prompts = ([ast.literal_eval(q) for q in quoted.findall(part)] for part in parts.groups()[1:])
-    return classes, {"object": object_prompts, "live": live_prompts}
+    object_prompts, live_prompts = (_templates(part, path) for part in parts.groups()[1:])
+    return _classes(parts[1], path), {"object": object_prompts, "live": live_prompts}
+
+
+def _classes(text: str, path: Path) -> dict[str, str]:
+    """{subject: class} of the lines "subject,class" below their header."""
+    header, *rows = [line.strip() for line in text.splitlines() if line.strip()] or [""]
+    if header.replace(" ", "").lower() != HEADER:
+        raise BenchmarkError(f"{path} begins its classes with {header!r}: put the line '{HEADER}' before them")
+    found: dict[str, str] = {}
+    for row in rows:
+        name, *rest = (_composed(part.strip()) for part in row.split(","))
+        if not name or len(rest) != 1 or not rest[0]:
+            raise BenchmarkError(f"{path} has the line {row!r} among its classes: write it as '<subject>,<class>'")
+        if name in found:
+            raise BenchmarkError(f"{path} gives the class of {name} twice ({found[name]}, {rest[0]}): keep one line")
+        found[name] = rest[0]
+    if not found:
+        raise BenchmarkError(f"{path} names no subject: write a line '<subject>,<class>' for each")
+    return found
+
+
+def _templates(text: str, path: Path) -> list[str]:
+    """The prompts of a list in Python's syntax."""
+    found = []
+    for quoted in re.findall(r"""^('.*'|".*")\.format""", text, re.MULTILINE):
+        try:
+            found.append(ast.literal_eval(quoted))
+        except SyntaxError as error:
+            raise BenchmarkError(
+                f"{path} holds the prompt {quoted}, which is no text ({error.msg}): correct it"
+            ) from None
+    return found
+
+
+def _attributes(path: Path) -> dict[str, dict]:
+    """The attributes of subjects, where the file is there: {subject: {class_name, base, …}}."""
+    found = _read_json(path) if path.exists() else {}
+    if not isinstance(found, dict) or not all(isinstance(of, dict) for of in found.values()):
+        raise BenchmarkError(f"{path} gives no attributes by subject: write {{'cat': {{'class_name': 'cat', …}}, …}}")
+    for name, of in found.items():
+        if wrong := sorted(of.keys() ^ set(ATTRIBUTES)):
+            raise BenchmarkError(
+                f"{path} lacks or should not have {', '.join(wrong)} of {name}: give {', '.join(ATTRIBUTES)}"
+            )
+        if wrong := [k for k, kind in ATTRIBUTES.items() if type(of[k]) is not kind]:
+            raise BenchmarkError(
+                f"{path} gives of {name} as {wrong[0]} {of[wrong[0]]!r}: give words, and a whole angle"
+            )
+    return found
 
 
 def open_image(picture: str | Path | Image.Image) -> Image.Image:
@@ -151,10 +201,11 @@ def open_image(picture: str | Path | Image.Image) -> Image.Image:
 
 def _subject(folder: Path, name: str, class_name: str, attributes: dict | None) -> Subject:
     photos, others = pictures.photos(folder)
+    if not photos:
+        remedy = f"save what lies there ({', '.join(others)}) as JPEG or PNG" if others else "fetch the dataset again"
+        raise BenchmarkError(f"{folder} holds no photo of the subject '{name}': {remedy}")
     if others:
         warnings.warn(f"{folder} holds what counts as no photo: {', '.join(others)}", stacklevel=4)
-    if not photos:
-        raise BenchmarkError(f"{folder} holds no photo of the subject '{name}': fetch the dataset again")
     return Subject(name, class_name, tuple(photos), attributes)
 
 
@@ -187,10 +238,25 @@ def _cases(entries: list, subjects: dict[str, Subject], kind: str, path: Path) -
             raise BenchmarkError(f"{where} {found}: give one reference for every subject that the prompt names")
         doubts += [f"case {index} {found}"] if found else []
         cases.append(Case(f"{index:04d}", prompt, tuple(s.name for s in chosen), photos))
+    _check_distinct(cases, path)
     if doubts:
         more = f" ({len(doubts) - 1} more cases are like it)" if doubts[1:] else ""
         warnings.warn(f"{path}: {doubts[0]}{more}; if other words mean them, list these as 'classes'", stacklevel=3)
     return tuple(cases)
+
+
+def _check_distinct(cases: list[Case], path: Path) -> None:
+    """BenchmarkError where two cases are one, or two pairs of subjects bear one name."""
+    seen: dict[tuple, str] = {}
+    units: dict[str, tuple[str, ...]] = {}
+    for case in cases:
+        first = seen.setdefault((case.prompt, case.references), case.id)
+        if first != case.id:
+            raise BenchmarkError(f"case {int(case.id)} of {path} repeats case {int(first)}: leave one of the two out")
+        subjects = units.setdefault(case.unit, case.subjects)
+        if subjects != case.subjects:
+            both = " and ".join(f"({', '.join(names)})" for names in (subjects, case.subjects))
+            raise BenchmarkError(f"{path} pairs {both}, which both are called '{case.unit}': rename a subject")
 
 
 def _entry(entry, subjects: dict[str, Subject], kind: str, where: str) -> tuple[str, list[Subject], tuple[Path, ...]]:
@@ -236,6 +302,14 @@ def _read(path: Path, remedy: str) -> str:
 def _read_json(path: Path):
     text = _read(path, "write the benchmark again, or name the case list to use")
     try:
-        return json.loads(text)
-    except ValueError as error:
+        return json.loads(text, object_pairs_hook=_each_key_once)
+    except (ValueError, RecursionError) as error:
         raise BenchmarkError(f"{path} is not valid JSON ({error}): fetch or write it again") from None
+
+
+def _each_key_once(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object; of a key that stands twice the parser would keep the second value without a word."""
+    counted = Counter(key for key, _ in pairs)
+    if twice := [key for key, count in counted.items() if count > 1]:
+        raise ValueError(f"the key {twice[0]!r} stands twice in one object")
+    return dict(pairs)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from focusdpo_lib import params
@@ -18,7 +18,7 @@ from focusdpo_lib.backbones import Backbone, Conditioning, View
 from focusdpo_lib.dip.dataset import DatasetError, Pair
 from focusdpo_lib.masks import detail_field, prior_tokens, to_grid
 from focusdpo_lib.objectives import patch_quality
-from focusdpo_lib.runs import RunError, atomic, require_space
+from focusdpo_lib.runs import RunError, atomic, lost, require_space
 from focusdpo_lib.training.row_file import RowFile
 from focusdpo_lib.workers import SILENT, WHOLE, Progress, Shard
 
@@ -275,14 +275,24 @@ def _tensors(pairs: PreparedPairs) -> dict[str, torch.Tensor]:
 
 
 def load(folder: Path) -> dict[int, PreparedPairs]:
-    """Reads what `prepare_into` and `join` made. The tensors stay on disk, mapped into memory all processes share."""
-    return dict(_load(path) for path in sorted(Path(folder).glob(FILE.format("*"))))
+    """Reads what `prepare_into` and `join` made. The tensors stay on disk, mapped into memory all processes share.
+
+    Raises RunError where one of the files is gone or damaged.
+    """
+    folder = Path(folder)
+    paths = sorted(folder.glob(FILE.format("*")))
+    if gone := lost(folder) or ([] if paths else [FILE.format("1")]):
+        raise RunError(f"the prepared pairs in {folder} lack {', '.join(gone)}: delete {folder} and run again")
+    return dict(_load(path) for path in paths)
 
 
 def _load(path: Path) -> tuple[int, PreparedPairs]:
-    with safe_open(path, "pt") as file:
-        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-        facts = {name: json.loads(value) for name, value in file.metadata().items()}
+    try:
+        with safe_open(path, "pt") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            facts = {name: json.loads(value) for name, value in file.metadata().items()}
+    except SafetensorError as error:
+        raise RunError(f"the prepared pairs {path} are damaged ({error}): delete {path.parent} and run again") from None
 
     def several(name: str) -> tuple[torch.Tensor, ...]:
         return tuple(found.pop(f"{name}_{i}") for i in range(sum(n.startswith(f"{name}_") for n in found)))
