@@ -49,7 +49,11 @@ pytest := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(python) -m pytest -q
 workers := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: lint ## Lint and test (within 10 minutes; downloads nothing but the packages)
-	$(pytest) $(workers)
+	$(pytest) $(workers) --ignore $(alone)
+	$(pytest) $(alone)
+
+# Ray gives up a node that takes 30 seconds to start, which it may where other tests run beside it.
+alone := tests/test_engine_ray.py
 
 # What computes, as on other processors: older instruction sets, bfloat16 arithmetic of their own or none.
 numbers := masks objectives backbone_flux_uno backbone_sdxl_ip both_families training_loop training_pairs bench \
