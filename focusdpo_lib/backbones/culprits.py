@@ -4,7 +4,8 @@ from contextlib import contextmanager
 
 from safetensors import SafetensorError
 
-LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
+# The last two: a configuration or a vocabulary may hold anything in any place.
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError, TypeError, AttributeError)
 
 
 class PartError(ValueError):
