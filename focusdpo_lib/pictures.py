@@ -5,7 +5,9 @@ are not applied, as in the published evaluations.
 """
 
 import io
+import struct
 import warnings
+import zlib
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +16,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 # Formats that the decoder may choose from, whatever the suffix says. None of them runs a program or reads other files.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+
+# In which ways decoders fail on damaged files. Too little memory and an interrupt are none of them.
+DAMAGED = (OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError, AssertionError)
+DAMAGED += (AttributeError, RuntimeError, struct.error, zlib.error)
 
 Source = str | Path | bytes | Image.Image
 
@@ -67,41 +73,68 @@ def _called(source: Source) -> str:
 
 def _decoded(source: Source, name: str) -> Image.Image:
     """RGB, or RGBA where there may be transparency."""
+    data = _contents(source, name) if isinstance(source, str | Path) else source
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # remarks on metadata, which nobody reads here
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            if isinstance(source, Image.Image):
-                return _as_seen(source, name)
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as picture:
+            if isinstance(data, Image.Image):
+                return _as_seen(data, name)
+            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
                 return _as_seen(picture, name)
     except PictureError:
         raise
-    except FileNotFoundError:
-        raise PictureError(f"{name} is missing: restore it, or make it again") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         limit = f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels"
         raise PictureError(f"{name} has more than {limit}: scale it down") from None
     except UnidentifiedImageError:
         formats = ", ".join(FORMATS)
         raise PictureError(f"{name} cannot be read: it is damaged or no {formats}; delete it or save it anew") from None
-    except Exception as error:  # Pillow's decoders fail on damaged files in a dozen ways, and each means the same
+    except DAMAGED as error:
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
         raise PictureError(f"{name} cannot be read ({reason}): delete it and make or fetch it again") from error
+
+
+def _contents(path: str | Path, name: str) -> bytes:
+    """A file's bytes. They are read here, so that no error of the disk passes for one of the picture."""
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise PictureError(f"{name} is missing: restore it, or make it again") from None
+    except (OSError, ValueError) as error:  # the latter: a name that no file can have
+        reason = getattr(error, "strerror", None) or error
+        raise PictureError(
+            f"{name} cannot be opened ({type(error).__name__}: {reason}): make it a file that can be read"
+        ) from error
 
 
 def _as_seen(picture: Image.Image, name: str) -> Image.Image:
     frames = getattr(picture, "n_frames", 1)
     if frames > 1 and picture.format != "MPO":  # a camera's MPO is one photo, with previews behind it
         raise PictureError(f"{name} has {frames} frames, and which one counts is unknown: save that one alone")
+    _rescale_key(picture, name)
     upright = ImageOps.exif_transpose(picture)
-    if upright.mode in ("I", "F"):
+    sixteen = upright.mode.startswith("I;16") or (upright.mode == "I" and picture.format == "PPM")
+    if upright.mode in ("I", "F") and not sixteen:
         raise PictureError(f"{name} has 32 bits a channel, whose range is unknown: save it with 8 or 16")
-    if upright.mode.startswith("I;16"):
+    if sixteen:
         return _eight_bits(upright)
     if upright.mode == "La":  # grey times alpha: Pillow knows one way out of it
         upright = upright.convert("LA")
     return upright.convert("RGBA" if upright.has_transparency_data else "RGB")
+
+
+def _rescale_key(picture: Image.Image, name: str) -> None:
+    """A PNG's transparent colour is stored with as many bits as its levels, which Pillow makes 8 of, but not of it."""
+    key = picture.info.get("transparency")
+    if picture.format != "PNG" or key is None or not picture.tile:  # without tiles, it was decoded elsewhere
+        return
+    stored = picture.tile[0][3]
+    if stored in ("L;2", "L;4"):
+        highest = 2 ** int(stored[-1]) - 1
+        picture.info["transparency"] = (key & highest) * 255 // highest
+    elif stored == "RGB;16B":  # of whose levels Pillow keeps the upper half alone
+        raise PictureError(f"{name} has a transparent colour of 16 bits: save it with 8, or with an alpha channel")
 
 
 def _eight_bits(grey: Image.Image) -> Image.Image:

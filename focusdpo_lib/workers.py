@@ -228,3 +228,17 @@ def end_with(process: BaseProcess) -> None:
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def end_with_stdin() -> None:
+    """Ends this process when its stdin does: when the process that holds the pipe's other end ends, however it does.
+
+    Whatever stands between the two hands its stdin on.
+    """
+
+    def wait() -> None:
+        while os.read(0, 1):  # not by sys.stdin, whose lock would be held when this process ends by itself
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -503,6 +503,52 @@ def test_a_subject_lora_of_another_model_or_layout_does_not_load(tiny_flux, tmp_
     )
 
 
+def to_q(part, block=0):
+    return f"transformer.transformer_blocks.{block}.attn.to_q.{part}"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"lora_A.default.weight": (2, WIDTH), "lora_A.weight": None},
+            "lora_A.default.weight does not end as diffusers",
+        ),
+        (
+            {"lora_B.policy.weight": (WIDTH, 2)},
+            "lora_B.policy.weight does not end as diffusers' do: write it with diff",
+        ),
+        ({"lora_embedding_A": (2, WIDTH)}, "lora_embedding_A does not end as diffusers' do"),
+        ({"lora_B.weight": None}, "lora_B.weight is missing"),
+        ({"lora_A.weight": None}, "lora_A.weight is missing"),
+        (
+            {"lora_B.weight": (WIDTH, 3)},
+            r"lora_B.weight has the shape (32, 3), which does not fit .*lora_A.weight of (2, 32)",
+        ),
+        ({"lora_magnitude_vector": (WIDTH + 1,)}, "lora_magnitude_vector has the shape (33,), which does not fit this"),
+    ],
+)
+def test_a_layer_of_a_subject_lora_has_both_matrices_under_diffusers_names(tiny_flux, tmp_path, change, message):
+    state = lora_of({to_q("")[:-1]: (WIDTH, WIDTH), to_q("", 1)[:-1]: (WIDTH, WIDTH)})
+    for part, shape in change.items():
+        state.pop(to_q(part), None)
+        if shape:
+            state[to_q(part)] = torch.zeros(shape)
+    save_file(state, tmp_path / "lora.safetensors")
+    found = refusal(model=str(tiny_flux), subject_lora=f"{tmp_path}/lora.safetensors")
+    assert found.startswith(f"the subject LoRA {tmp_path}/lora.safetensors cannot be loaded (")
+    assert re.search(message.replace("(", r"\(").replace(")", r"\)"), found) and found.endswith("backbone.subject_lora")
+
+
+@pytest.mark.parametrize("extra", ["lora_B.bias", "lora_magnitude_vector"])
+def test_a_subject_lora_may_have_biases_and_lengths(tiny_flux, tmp_path, extra):
+    state = lora_of({to_q("")[:-1]: (WIDTH, WIDTH)}) | {to_q(extra): torch.ones(WIDTH)}
+    save_file(state, tmp_path / "lora.safetensors")
+    inputs = sample(load_tiny(tiny_flux))
+    moved = load_tiny(tiny_flux, subject_lora=f"{tmp_path}/lora.safetensors")
+    assert not torch.allclose(moved.predict(*inputs), load_tiny(tiny_flux).predict(*inputs), atol=1e-4)
+
+
 def test_a_subject_lora_in_the_layout_of_diffusers_moves_the_model(tiny_flux, tmp_path):
     plain = load_tiny(tiny_flux)
     layers = {"transformer.transformer_blocks.0.attn.to_q": (WIDTH, WIDTH)}

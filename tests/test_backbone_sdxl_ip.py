@@ -366,10 +366,10 @@ def test_an_ip_adapter_of_another_kind_does_not_load(tmp_path):
     width = 16
     plain = {"proj.weight": (4 * width, 16), "proj.bias": (4 * width,), "norm.weight": (width,), "norm.bias": (width,)}
     full = {"proj.0.weight": (24, 24), "proj.0.bias": (24,), "proj.2.weight": (width, 24), "proj.2.bias": (width,)}
-    full |= {"proj.3.weight": (width,), "proj.3.bias": (width,)}
-    for name, shapes in (("ImageProjection", plain), ("IPAdapterFullImageProjection", full)):
+    for name, shapes in (("plain", plain), ("full", full), ("face", full | {"norm.weight": (width,)})):
         weights = {f"image_proj.{key}": torch.zeros(shape) for key, shape in shapes.items()}
-        with pytest.raises(BackboneError, match=rf"^the IP-Adapter .* \(it has {name} where .*correct backbone.ip_ada"):
+        said = r"\(it lacks image_proj.latents, where an IP-Adapter-Plus has its resampler\): .*correct backbone.ip_ada"
+        with pytest.raises(BackboneError, match=rf"^the IP-Adapter .* {said}"):
             backbones.load(ip_adapter(tmp_path / name, **weights))
 
 

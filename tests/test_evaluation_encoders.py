@@ -1,6 +1,7 @@
 """Encoders load from disk as the published ones do; their preprocessing equals torchvision's and open_clip's own."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -201,6 +202,108 @@ def test_weights_that_lack_a_layer_are_refused_and_a_missing_pooler_is_not(weigh
     save_file({k: v for k, v in state.items() if k != gone}, tmp_path / "cut" / "model.safetensors", {"format": "pt"})
     with pytest.raises(EncoderError, match=r"its weights lack .*1"):
         DinoEncoder(str(tmp_path / "cut"))
+
+
+@pytest.mark.parametrize("layers", [1, 0])
+def test_weights_of_more_layers_than_the_configuration_has_are_refused(weights, tmp_path, layers):
+    """Its CLS token would be another model's. What has no layer, as a classifier's head, is no part of the score."""
+    shutil.copytree(weights / "dino", tmp_path, dirs_exist_ok=True)
+    state = load_file(tmp_path / "model.safetensors")
+    save_file(state | {"classifier.weight": torch.zeros(2)}, tmp_path / "model.safetensors", {"format": "pt"})
+    DinoEncoder(str(tmp_path))
+    configure(tmp_path, num_hidden_layers=layers)
+    with pytest.raises(EncoderError, match=rf"its config.json has no place for layers?\.{layers}\."):
+        DinoEncoder(str(tmp_path))
+
+
+def configure(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"hidden_size": 48},
+            r"its embeddings.cls_token has the shape \(1, 1, 24\) where its config.json needs \(1, 1, 48",
+        ),
+        ({"image_size": 96}, r"has the shape \(1, 17, 24\) where its config.json needs \(1, 37, 24\)"),
+        ({"image_size": "64"}, "image_size"),
+        ({"hidden_act": "none"}, "none"),
+        ({"patch_size": 0}, "by zero"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_the_weights_is_one_sentence(weights, tmp_path, changes, message):
+    shutil.copytree(weights / "dino", tmp_path, dirs_exist_ok=True)
+    configure(tmp_path, **changes)
+    with pytest.raises(EncoderError, match=f"^evaluation.dino = .* cannot be loaded .*{message}") as caught:
+        DinoEncoder(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["dino", "clip"])
+@pytest.mark.parametrize("content", [b"", b"\x10\0\0\0\0\0\0\0{}"])
+def test_a_damaged_weight_file_is_one_sentence(weights, tmp_path, kind, content):
+    shutil.copytree(weights / kind, tmp_path, dirs_exist_ok=True)
+    next(tmp_path.glob("*.safetensors")).write_bytes(content)
+    with pytest.raises(
+        EncoderError, match=rf"^evaluation.{kind} = .* cannot be loaded \(Error while deserializing header"
+    ):
+        (DinoEncoder if kind == "dino" else ClipEncoder)(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": 384}, r"it sees images of 384 pixels alone, and scores are of 224"),
+        ({"image_size": 256}, r"it sees images of 256 pixels alone, and scores are of 224"),
+        ({"image_size": (64, 32)}, r"it sees images of \[64, 32\] pixels in patches of 16, and the protocol's are squ"),
+        ({"num_channels": 1}, "it sees 1 colour channels, and images have 3"),
+    ],
+)
+def test_a_vit_that_cannot_see_the_protocol_s_images_is_refused_on_loading(tmp_path, changes, message):
+    ViTModel(ViTConfig(**vit(64).to_diff_dict() | changes)).save_pretrained(tmp_path)
+    with pytest.raises(EncoderError, match=message):
+        DinoEncoder(str(tmp_path))
+
+
+def test_sides_may_be_written_as_pairs(weights, tmp_path):
+    shutil.copytree(weights / "dino", tmp_path, dirs_exist_ok=True)
+    configure(tmp_path, image_size=[64, 64], patch_size=[16, 16])
+    ours, theirs, photo = DinoEncoder(str(tmp_path)), DinoEncoder(str(weights / "dino")), picture(80, 70)
+    assert torch.equal(ours.images([photo]), theirs.images([photo]))
+    assert ours.patches(torch.zeros(1, 3, 64, 64)).shape == (1, 16, 24)
+
+
+def test_what_is_no_number_is_no_vector(weights, tmp_path):
+    """Of the image or the words that are to blame, and of those alone."""
+    shutil.copytree(weights / "clip", tmp_path, dirs_exist_ok=True)
+    dino, clip = DinoEncoder(str(weights / "dino")), ClipEncoder(str(tmp_path), batch_size=2)
+    word = clip.tokenizer(["mug"])[0, 1]
+    with torch.no_grad():
+        clip.model.token_embedding.weight[word] = float("nan")
+        dino.model.embeddings.cls_token[:] = float("inf")
+    assert clip.texts(["a dog", "a cat"]).isfinite().all()
+    with pytest.raises(EncoderError, match=r"^evaluation.clip makes NaN or infinity of 'a mug': its weights hold some"):
+        clip.texts(["a dog", "a cat", "a mug"])
+    with pytest.raises(EncoderError, match=r"^evaluation.dino makes NaN or infinity of image 1 of 2: its weights"):
+        dino.images([picture(64, 64)] * 2)
+
+
+@pytest.mark.parametrize("damage", ["tokenizer.json away", "words away"])
+def test_a_clip_whose_tokenizer_knows_no_word_is_refused(tmp_path, damage):
+    """transformers makes a tokenizer without a vocabulary then, and every prompt has the same vector."""
+    folder = shutil.copytree(params.shipped("clip", "toybox"), tmp_path / "clip")
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    file.unlink()
+    if damage == "words away":
+        special = {word: number for word, number in content["model"]["vocab"].items() if word.startswith("<|")}
+        content["model"] |= {"vocab": special, "merges": []}
+        file.write_text(json.dumps(content))
+    with pytest.raises(EncoderError, match=r"^evaluation.clip = .*its tokenizer has no vocabulary"):
+        ClipEncoder(str(folder))
 
 
 def test_only_models_whose_first_token_is_the_class_token_score(tmp_path):

@@ -16,6 +16,7 @@ from focusdpo_lib.backbones.references import centre_square, long_side
 from focusdpo_lib.evaluation.benchmark import Benchmark, BenchmarkError
 from focusdpo_lib.generation import generate, image_name, image_seed
 from focusdpo_lib.generation import images as generation
+from focusdpo_lib.runs import RunError
 from focusdpo_lib.toybox.benchmark import write_benchmark
 from focusdpo_lib.toybox.world import Identity, halve, photo
 
@@ -255,3 +256,21 @@ def test_pixels_are_rounded_to_the_nearest_grey_level(tmp_path):
     levels = torch.tensor([-1.2, -1.0, 0.0, 0.5, 1.0, 1.2]).view(1, 1, 1, 6).expand(1, 3, 1, 6)
     generation.save_images(levels, [tmp_path / "levels.png"])
     assert np.asarray(Image.open(tmp_path / "levels.png"))[0, :, 0].tolist() == [0, 0, 128, 191, 255, 255]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_no_number_becomes_no_picture(tmp_path, value):
+    pixels = torch.zeros(3, 3, 2, 2)
+    pixels[1, 2, 0, 1] = value
+    paths = [tmp_path / f"case{i}_0.png" for i in range(3)]
+    with pytest.raises(RunError, match=r"^the image case1_0.png came out as NaN or infinity: a weight of the model"):
+        generation.save_images(pixels, paths)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_of_no_numbers_names_its_first_image(backbone, folder, tmp_path):
+    with torch.no_grad():
+        backbone.transformer.proj_out.weight[:] = float("nan")
+    cases = some_cases(folder)
+    with pytest.raises(RunError, match=f"^the image {image_name(cases.cases[0], 0)} came out as NaN or infinity"):
+        generate(backbone, cases, tmp_path, settings())

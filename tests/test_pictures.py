@@ -1,5 +1,6 @@
 """Pictures are read as a viewer shows them; expected pixels are written out by hand. Broken files end in a sentence."""
 
+import errno
 import io
 import random
 import struct
@@ -108,12 +109,60 @@ def test_a_file_of_several_frames_is_refused(form):
         read(film)
 
 
+@pytest.mark.parametrize("magic", [b"P5", b"P2"])
+@pytest.mark.parametrize(
+    ("highest", "levels", "expected"),
+    [
+        (65535, [0, 257 * 70, 300, 65535], [0, 70, 1, 255]),
+        (1023, [0, 1023, 341, 682], [0, 255, 85, 170]),  # thirds
+        (255, [0, 70, 1, 255], [0, 70, 1, 255]),
+    ],
+)
+def test_a_pgm_has_as_many_levels_as_it_says(magic, highest, levels, expected):
+    kind = ">u2" if highest > 255 else "u1"
+    pixels = np.array(levels, kind).tobytes() if magic == b"P5" else " ".join(map(str, levels)).encode()
+    seen = read(magic + b"\n4 1\n%d\n" % highest + pixels)
+    assert [seen.getpixel((x, 0)) for x in range(4)] == [(level,) * 3 for level in expected]
+
+
 def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def png_header(width: int, height: int) -> bytes:
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+def png_header(width: int, height: int, bits: int = 8, kind: int = 2) -> bytes:
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0))
+
+
+def png(bits: int, kind: int, row: bytes, key: bytes, width: int) -> bytes:
+    """One row of pixels (kind 0: grey, 2: RGB) with a transparent colour."""
+    body = chunk(b"tRNS", key) + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
+    return png_header(width, 1, bits, kind) + body
+
+
+@pytest.mark.parametrize(
+    ("bits", "row", "key", "expected"),
+    [
+        (1, b"\x40", 0, [255, 255]),  # 0 and 1
+        (2, b"\x1b", 1, [0, 255, 170, 255]),  # 0, 1, 2 and 3 of 3
+        (2, b"\x1b", 2, [0, 85, 255, 255]),
+        (4, b"\x07\xf0", 7, [0, 255, 255, 0]),  # 0, 7 and 15 of 15
+        (4, b"\x07\xf0", 0x100, [255, 119, 255, 255]),  # of a key the lower four bits count
+        (8, b"\x07\x77", 7, [255, 119]),
+        (16, b"\x10\x00\x10\x01", 0x1000, [255, 16]),
+    ],
+)
+def test_a_transparent_grey_is_white_whatever_the_depth(bits, row, key, expected):
+    seen = read(png(bits, 0, row, struct.pack(">H", key), len(expected)))
+    assert [seen.getpixel((x, 0)) for x in range(len(expected))] == [(level,) * 3 for level in expected]
+
+
+@pytest.mark.parametrize("colour", [(10_000, 20_000, 30_000), (0, 0, 0)])
+def test_a_transparent_colour_that_eight_bits_cannot_tell_is_refused(colour):
+    key = struct.pack(">HHH", *colour)
+    with pytest.raises(
+        PictureError, match="has a transparent colour of 16 bits: save it with 8, or with an alpha chan"
+    ):
+        read(png(16, 2, key, key, 1))
 
 
 @pytest.mark.parametrize("size", [(10_000, 9_500), (60_000, 60_000)])  # Pillow warns of the one and refuses the other
@@ -129,10 +178,31 @@ def test_what_is_no_picture_is_named_with_what_is_read(tmp_path):
         read(tmp_path / "page.jpg")
     with pytest.raises(PictureError, match=r"away.png is missing"):
         read(tmp_path / "away.png")
-    with pytest.raises(PictureError, match="IsADirectoryError"):
-        read(tmp_path)
     with pytest.raises(PictureError, match="32 bits a channel"):
         read(stored(Image.fromarray(np.float32([[0.5]])), "TIFF"))
+
+
+@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "Permission denied"), OSError(errno.EIO, "I/O error")])
+def test_what_cannot_be_opened_is_not_to_be_deleted(tmp_path, monkeypatch, error):
+    def refuse(path):
+        raise error
+
+    (tmp_path / "a.png").write_bytes(stored(four_colours()))
+    with monkeypatch.context() as patched, pytest.raises(PictureError) as caught:
+        patched.setattr("pathlib.Path.read_bytes", refuse)
+        read(tmp_path / "a.png")
+    why = f"{type(error).__name__}: {error.strerror}"
+    assert str(caught.value) == f"the image {tmp_path}/a.png cannot be opened ({why}): make it a file that can be read"
+    assert read(tmp_path / "a.png").size == (3, 2)
+
+
+def test_a_folder_and_a_name_that_no_file_can_have_are_named(tmp_path):
+    with pytest.raises(
+        PictureError, match=r"cannot be opened \(IsADirectoryError: .*: make it a file that can be read"
+    ):
+        read(tmp_path)
+    with pytest.raises(PictureError, match=r"cannot be opened \(ValueError: "):
+        read("a\0b.png")
 
 
 def test_encapsulated_postscript_is_not_run(tmp_path):

@@ -1,5 +1,6 @@
 """Training in child processes: the same weights, errors that come back as one sentence, nothing left running."""
 
+import multiprocessing
 import os
 import signal
 import socket
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -128,10 +130,11 @@ def test_a_meeting_that_nobody_joins_ends_with_a_sentence(tmp_path, monkeypatch,
 
 def test_variables_of_another_launcher_are_cleared_and_named(capsys):
     found = {"WORLD_SIZE": "4", "MASTER_ADDR": "node7", "OMPI_COMM_WORLD_RANK": "1", "ACCELERATE_USE_FSDP": "true"}
-    environment = found | {"PATH": "/bin", "OMP_NUM_THREADS": "2", "SLURM_JOB_ID": "7"}
+    found |= {"PET_NNODES": "2", "PET_RDZV_ENDPOINT": "node7:29400"}  # torchrun's own, as Kubernetes sets them
+    environment = found | {"PATH": "/bin", "PETSC_DIR": "/opt", "OMP_NUM_THREADS": "2", "SLURM_JOB_ID": "7"}
     ranks.clear(environment)
-    assert set(environment) == {"PATH", "OMP_NUM_THREADS", "SLURM_JOB_ID"}
-    assert capsys.readouterr().out.startswith("ACCELERATE_USE_FSDP, MASTER_ADDR, OMPI_COMM_WORLD_RANK, WORLD_SIZE of")
+    assert set(environment) == {"PATH", "PETSC_DIR", "OMP_NUM_THREADS", "SLURM_JOB_ID"}
+    assert capsys.readouterr().out.startswith("ACCELERATE_USE_FSDP, MASTER_ADDR, OMPI_COMM_WORLD_RANK, PET_NNODES, ")
     ranks.clear(environment)
     assert not capsys.readouterr().out
 
@@ -170,6 +173,53 @@ def test_a_process_that_was_killed_leaves_a_run_that_goes_on(results, tiny_flux,
     assert not thread.is_alive()
     assert said and str(folder / launch.LOG.format(0)) in said[0]
     assert (folder / CHECKPOINT).exists() and not is_complete(folder)
+
+
+SLEEPER = """
+import os, sys, time
+from pathlib import Path
+from focusdpo_lib.workers import end_with_stdin
+end_with_stdin()
+Path(sys.argv[1], f"{os.environ['RANK']}.pid").write_text(str(os.getpid()))
+time.sleep(300)
+"""
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc")
+def test_processes_end_when_the_one_that_launched_them_is_killed(tmp_path, monkeypatch):
+    """Through accelerate and torchrun, in a session of their own, which no signal to the parent reaches."""
+    (tmp_path / "sleeper.py").write_text(SLEEPER)
+    words = launch.command(tmp_path, tmp_path / "prepared", 2, params.Launch())
+    words = [*words[: words.index("--module")], "--module", "sleeper", str(tmp_path)]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(launch.__file__).parents[2])]))
+    parent = multiprocessing.get_context("fork").Process(target=launch.run, args=(words, tmp_path))
+    parent.start()
+    deadline = time.monotonic() + 100
+    while len(pids := [path.read_text() for path in tmp_path.glob("*.pid")]) < 2 or not all(pids):
+        assert parent.is_alive() and time.monotonic() < deadline
+        time.sleep(0.1)
+    assert all(alive(int(pid)) for pid in pids)
+    parent.kill()
+    parent.join()
+    deadline = time.monotonic() + 20
+    while any(alive(int(pid)) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(alive(int(pid)) for pid in pids)
+
+
+def test_a_process_that_trains_ends_so_before_anything_else(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(launch, "end_with_stdin", lambda: asked.append("stdin"))
+    with pytest.raises(FileNotFoundError, match=r"params\.yaml"):
+        launch.work(tmp_path, tmp_path)
+    assert asked == ["stdin"]
 
 
 def test_a_folder_is_trained_by_one_process_at_a_time(tmp_path):

@@ -2,9 +2,12 @@
 
 from contextlib import contextmanager
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
+# A damaged file may hold anything in any place, and its library may fail on that in any way.
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, LookupError, ArithmeticError, TypeError, AttributeError)
+LOADING_ERRORS += (ImportError, SafetensorError, StrictDataclassError)
 
 
 class PartError(ValueError):

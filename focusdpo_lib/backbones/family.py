@@ -6,7 +6,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from diffusers import BitsAndBytesConfig, PipelineQuantizationConfig
+from diffusers import BitsAndBytesConfig
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -39,21 +39,20 @@ def chosen_precision(precision: str, device: torch.device, weights: str = "float
     return torch.float32 if weights == "float32" else torch.float16  # a quantized base on a GPU before bfloat16
 
 
-def loading(part: str | None, weights: str, precision: torch.dtype) -> dict:
-    """Keyword arguments of `from_pretrained` that hold the pipeline's `part` and its encoders in `weights`.
+def held(name: str, network: str, weights: str, precision: torch.dtype) -> dict:
+    """Keyword arguments of `from_pretrained` that hold the pipeline's part of this name in `weights`.
 
-    Quantized, the part goes through diffusers' bitsandbytes backend, computes in `precision`, and the encoders are held
-    in it; no `part`, nothing to quantize. The autoencoder is small and stays in float32: SDXL's own overflows half
-    precision.
+    Quantized, the `network` goes through diffusers' bitsandbytes backend, computes in `precision`, and the encoders are
+    held in it. The autoencoder is small and stays in float32: SDXL's own overflows half precision.
     """
+    if name == "vae":
+        return {"dtype": torch.float32}
     if weights not in QUANTIZED:
-        return {"dtype": {"vae": torch.float32, "default": getattr(torch, weights)}}
-    arguments = {"dtype": {"vae": torch.float32, "default": precision}}
-    if part is not None:
-        compute = {"bnb_4bit_compute_dtype": precision} if weights == "nf4" else {}
-        mapping = {part: BitsAndBytesConfig(**QUANTIZED[weights], **compute)}
-        arguments["quantization_config"] = PipelineQuantizationConfig(quant_mapping=mapping)
-    return arguments
+        return {"dtype": getattr(torch, weights)}
+    if name != network:
+        return {"dtype": precision}
+    compute = {"bnb_4bit_compute_dtype": precision} if weights == "nf4" else {}
+    return {"dtype": precision, "quantization_config": BitsAndBytesConfig(**QUANTIZED[weights], **compute)}
 
 
 def require_channels(network: nn.Module) -> None:

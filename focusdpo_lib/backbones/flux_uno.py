@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 
 import torch
-from diffusers import FluxPipeline
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from PIL import Image
+from transformers import CLIPTextModel, T5EncoderModel
 
 from focusdpo_lib.backbones.conditioning import Conditioning
 from focusdpo_lib.backbones.culprits import blaming
@@ -21,9 +22,10 @@ from focusdpo_lib.backbones.family import (
     Family,
     chosen_precision,
     compute_in,
-    loading,
+    held,
     require_channels,
 )
+from focusdpo_lib.backbones.parts import load_pipeline
 from focusdpo_lib.backbones.references import long_side
 from focusdpo_lib.backbones.subject_lora import load_subject_lora
 from focusdpo_lib.backbones.tokens import attention_hooks, output_hook, pack, position_ids, unpack
@@ -33,6 +35,12 @@ LORA_TARGETS = (
     r"transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
     r"|single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_out)"
 )
+PARTS = {
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": T5EncoderModel,
+    "transformer": FluxTransformer2DModel,
+    "vae": AutoencoderKL,
+}
 
 
 class FluxUno(Family):
@@ -85,9 +93,9 @@ class FluxUno(Family):
         """
         absent = {"network": TEXT_PARTS, "encoders": ("transformer",)}.get(parts, ())
         precision = chosen_precision(settings.get("precision", "auto"), torch.device(device), weights)
-        held = loading(None if parts == "encoders" else cls.part, weights, precision)
-        pipeline = FluxPipeline.from_pretrained(
-            model, revision=revision, use_safetensors=True, **dict.fromkeys(absent), **held
+        pipeline = load_pipeline(
+            *(FluxPipeline, PARTS, model, revision, absent),
+            held=lambda name: held(name, cls.part, weights, precision),
         )
         if pipeline.transformer is not None:
             require_channels(pipeline.transformer)

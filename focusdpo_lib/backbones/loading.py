@@ -161,18 +161,20 @@ def _quiet(downloads: bool) -> None:
     if not downloads:
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
-    for name in ("models.modeling_utils", "loaders.ip_adapter", "loaders.lora_base", "pipelines.pipeline_utils"):
-        logging.getLogger(f"diffusers.{name}").addFilter(_says_something)
+    diffusers_own = ("models.modeling_utils", "loaders.ip_adapter", "loaders.lora_base", "pipelines.pipeline_utils")
+    for name in (*(f"diffusers.{name}" for name in diffusers_own), "transformers.modeling_utils"):
+        logging.getLogger(name).addFilter(_says_something)
     # Autocast leaves the norms' weights in float32, as it should; torch only says that it has no fused kernel for that.
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
 
 
 # What diffusers warns of and is meant: a cast that spares no module, no image encoder where training needs none, half
 # precision on a CPU, which is slow but right, a LoRA that leaves the text encoder alone, and the cache in place of a
-# hub out of reach (what is not in it is an error).
+# hub out of reach (what is not in it is an error). And what files lack, which `parts` looks at itself.
 MEANT = (
     *("kept in float32: []", "image_encoder is not loaded since", "cannot run with `cpu` device"),
     *("No LoRA keys associated to CLIPTextModel", "Couldn't connect to the Hub"),
+    *("are newly initialized", "were not used when initializing", "LOAD REPORT", "checkpoint seem corrupted"),
 )
 
 

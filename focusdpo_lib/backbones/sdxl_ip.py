@@ -7,18 +7,16 @@ subject's region alone ("masks", the pipeline's `ip_adapter_masks`).
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.embeddings import IPAdapterPlusImageProjection
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
-from transformers import CLIPVisionModelWithProjection
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
 from focusdpo_lib.backbones.conditioning import Conditioning, View
 from focusdpo_lib.backbones.culprits import blaming
@@ -28,9 +26,11 @@ from focusdpo_lib.backbones.family import (
     Family,
     chosen_precision,
     compute_in,
-    loading,
+    held,
     require_channels,
 )
+from focusdpo_lib.backbones.ip_adapter import load_ip_adapter
+from focusdpo_lib.backbones.parts import load_pipeline, load_whole
 from focusdpo_lib.backbones.references import centre_square
 
 # R17: every attention's q, k, v and output, and IP-Adapter's own keys and values.
@@ -38,6 +38,12 @@ LORA_TARGETS = r".*\.attn[12]\.(to_[qkv]|to_out\.0|processor\.to_[kv]_ip\.\d+)"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 DECODED = 2**20  # pixels that the autoencoder decodes at once, in float32: gigabytes
 T = 1000  # steps of the noise schedule
+PARTS = {
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
+    "unet": UNet2DConditionModel,
+    "vae": AutoencoderKL,
+}
 
 
 def clip_pixels(pixels: torch.Tensor, size: int) -> torch.Tensor:
@@ -114,31 +120,25 @@ class SdxlIp(Family):
         CPU. ("encoders" are the whole here: the U-Net holds the resampler.)
         """
         encoders = parts != "network"
-        left_out = {} if encoders else dict.fromkeys(TEXT_PARTS)
+        absent = () if encoders else TEXT_PARTS
         precision = chosen_precision(settings.get("precision", "auto"), torch.device(device), weights)
-        held = loading(cls.part, weights, precision)
-        pipeline = StableDiffusionXLPipeline.from_pretrained(
-            model, revision=revision, use_safetensors=True, **left_out, **held
+        pipeline = load_pipeline(
+            *(StableDiffusionXLPipeline, PARTS, model, revision, absent),
+            held=lambda name: held(name, cls.part, weights, precision),
         )
         require_channels(pipeline.unet)
-        path = Path(ip_weights)  # load_ip_adapter casts the pipeline: before any float32 LoRA weights
-        with blaming("ip_adapter"), _uncast(pipeline.unet) if weights in QUANTIZED else nullcontext():
-            pipeline.load_ip_adapter(
-                ip_adapter,
-                subfolder=str(path.parent),
-                weight_name=path.name,
-                image_encoder_folder=None,
-                revision=ip_revision,
-            )
-            _check_kind(pipeline.unet)
-        if encoders:  # load_ip_adapter would take the image encoder of any revision
+        _check_prediction(pipeline)
+        with blaming("ip_adapter"):  # it casts the pipeline: before any float32 LoRA weights
+            load_ip_adapter(pipeline, ip_adapter, ip_weights, ip_revision, cast=weights not in QUANTIZED)
+        if encoders:  # diffusers' load_ip_adapter would take the image encoder of any revision
             with blaming("ip_encoder"):
-                pipeline.image_encoder = CLIPVisionModelWithProjection.from_pretrained(
-                    ip_adapter,
+                pipeline.image_encoder = load_whole(
+                    *(CLIPVisionModelWithProjection, ip_adapter, "it"),
+                    unused="visual_projection.",
                     subfolder=ip_encoder,
                     revision=ip_revision,
                     use_safetensors=True,
-                    dtype=held["dtype"]["default"],
+                    **held("image_encoder", cls.part, weights, precision),
                 )
                 _check_width(pipeline)
         pipeline.vae.float()
@@ -367,11 +367,10 @@ class SdxlIp(Family):
         return latents
 
 
-def _check_kind(unet: nn.Module) -> None:
-    """Raises ValueError for an IP-Adapter of another kind than Plus, whose resampler makes tokens of CLIP's patches."""
-    found = unet.encoder_hid_proj.image_projection_layers[0]
-    if not isinstance(found, IPAdapterPlusImageProjection):
-        raise ValueError(f"it has {type(found).__name__} where an IP-Adapter-Plus has its resampler")
+def _check_prediction(pipeline: StableDiffusionXLPipeline) -> None:
+    """Raises ValueError for a U-Net that was trained to predict something else than the noise."""
+    if (found := pipeline.scheduler.config.get("prediction_type", "epsilon")) != "epsilon":
+        raise ValueError(f"its U-Net predicts {found} by its scheduler_config.json, and the kit trains epsilon alone")
 
 
 def _check_width(pipeline: StableDiffusionXLPipeline) -> None:
@@ -382,16 +381,6 @@ def _check_width(pipeline: StableDiffusionXLPipeline) -> None:
     )
     if (needed := resampler.proj_in.in_features) != width:
         raise ValueError(f"it is {width} wide, and the IP-Adapter was trained with one of {needed}")
-
-
-@contextmanager
-def _uncast(unet: nn.Module):
-    """load_ip_adapter ends by casting the U-Net to the dtype that it has, which a quantized one refuses."""
-    unet.to = lambda *words, **settings: unet
-    try:
-        yield
-    finally:
-        del unet.to
 
 
 def _guided(conditional: torch.Tensor, unconditional: torch.Tensor, guidance: float) -> torch.Tensor:

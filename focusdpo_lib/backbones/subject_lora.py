@@ -11,6 +11,15 @@ from safetensors import safe_open
 RELEASED = "dit_lora.safetensors"
 LAYOUT = re.compile(r"(double|single)_blocks\.\d+\.processor\.")
 
+# The parts of a layer in diffusers' names (the last two: a bias, DoRA's lengths), and which side of the layer a
+# dimension of each must be as wide as.
+SIDES = {
+    "A.weight": ("in_features", -1),
+    "B.weight": ("out_features", 0),
+    "B.bias": ("out_features", 0),
+    "magnitude_vector": ("out_features", 0),
+}
+
 
 def load_subject_lora(pipeline: FluxPipeline, source: str | Path, revision: str | None = None) -> None:
     """Puts the LoRA on the pipeline's transformer; `source` is the file, a folder that holds it, or a hub id.
@@ -51,11 +60,25 @@ def _check_places(state: dict[str, torch.Tensor], transformer: FluxTransformer2D
             )
         if name not in layers or not part:
             raise ValueError(f"its key {key} belongs to nothing in the transformer, so it is no LoRA of this model")
-        width = {"A.weight": ("in_features", -1), "B.weight": ("out_features", 0)}.get(part)
-        if width and weight.shape[width[1]] != getattr(layers[name], width[0]):
+        if part not in SIDES:  # peft's own names, with the adapter's in them, would leave the layer without weights
+            raise ValueError(f"its key {key} does not end as diffusers' do: write it with diffusers' save_lora_weights")
+        side, dimension = SIDES[part]
+        if weight.shape[dimension] != getattr(layers[name], side):
             raise ValueError(f"its key {key} has the shape {tuple(weight.shape)}, which does not fit this model")
+    _check_pairs(state)
+
+
+def _check_pairs(state: dict[str, torch.Tensor]) -> None:
+    """Whether every layer has both matrices, A (rank, in) and B (out, rank)."""
     if not state:
         raise ValueError("it holds no weights")
+    for name in dict.fromkeys(key.partition(".lora_")[0] for key in state):
+        keys = [f"{name}.lora_{side}.weight" for side in "AB"]
+        if lost := [key for key in keys if key not in state]:
+            raise ValueError(f"the key {lost[0]} is missing")
+        down, up = (tuple(state[key].shape) for key in keys)
+        if down[0] != up[-1]:
+            raise ValueError(f"its key {keys[1]} has the shape {up}, which does not fit {keys[0]} of {down}")
 
 
 def _check(found: dict[str, tuple[int, ...]], transformer: FluxTransformer2DModel) -> None:

@@ -5,6 +5,7 @@ names its weights wherever they lie: results of encoders with the same id may st
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
+from safetensors import SafetensorError
 from torch.nn import functional as F
 
 from focusdpo_lib.evaluation.benchmark import open_image
@@ -27,6 +30,11 @@ Picture = Image.Image | str | Path
 
 # Whose first token is the class token, on its patches alone: DINO v1 (and the toybox's), DINOv2, DINOv3.
 DINO_TYPES = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
+PUBLISHED = 224  # pixels, of which every published score is; short sides were scaled to 256 before
+
+# A damaged file may hold anything in any place, and its library may fail on that in any way.
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, LookupError, ArithmeticError, TypeError, AttributeError)
+LOADING_ERRORS += (SafetensorError, StrictDataclassError)
 
 
 class EncoderError(RuntimeError):
@@ -92,22 +100,22 @@ class DinoEncoder:
                 kind = AutoConfig.from_pretrained(model).model_type
                 if kind not in DINO_TYPES:
                     raise ValueError(f"it is a {kind}, and a DINO score needs one of {', '.join(DINO_TYPES)}")
-                loaded, report = AutoModel.from_pretrained(model, output_loading_info=True)
-        except (OSError, ValueError) as error:
+                loaded, report = AutoModel.from_pretrained(
+                    model, output_loading_info=True, ignore_mismatched_sizes=True
+                )
+            _require_whole(report)
+            size, self.patch = _sides(loaded.config)
+        except LOADING_ERRORS as error:
             raise EncoderError(cannot_load("dino", model, error)) from None
-        # Many ViTs are published without a pooler; the score is of the CLS token and never uses it.
-        if missing := sorted(key for key in report["missing_keys"] if not key.startswith("pooler.")):
-            raise EncoderError(cannot_load("dino", model, f"its weights lack {', '.join(missing[:3])}"))
         self.model = loaded.eval().to(device)
         self.id, self.device, self.batch_size = identity(model), device, batch_size
-        size = self.model.config.image_size
         # Published: 256 → 224, also for DINOv2. A model that is smaller (the toybox's) sees the whole image instead.
-        self.resize, self.crop = (256, 224) if size >= 224 else (size, size)
+        self.resize, self.crop = (256, PUBLISHED) if size >= PUBLISHED else (size, size)
 
     @torch.inference_mode()
     def images(self, pictures: Sequence[Picture]) -> torch.Tensor:
         """N images → unit vectors (N, d)."""
-        return _batched(pictures, self.batch_size, self._encode)
+        return _batched("dino", pictures, self.batch_size, self._encode)
 
     @torch.inference_mode()
     def patches(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -116,7 +124,7 @@ class DinoEncoder:
         mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
         normalised = ((pixels + 1) / 2 - mean) / std
         tokens = self.model(pixel_values=normalised.to(self.device)).last_hidden_state
-        return tokens[:, -((self.crop // self.model.config.patch_size) ** 2) :].float().cpu()
+        return tokens[:, -((self.crop // self.patch) ** 2) :].float().cpu()
 
     def _encode(self, pictures: Sequence[Picture]) -> torch.Tensor:
         pixels = [preprocess(open_image(p), self.resize, self.crop, IMAGENET_MEAN, IMAGENET_STD) for p in pictures]
@@ -135,7 +143,9 @@ class ClipEncoder:
             clip = open_clip.create_model(name, tag, precision=precision, device=device, require_pretrained=True)
             self.model = clip.eval()
             self.tokenizer = open_clip.get_tokenizer(name)
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:  # its configuration may be anything
+            if torch.equal(*self.tokenizer(["dog", "mug"])):  # where its file is missing, every word is unknown
+                raise ValueError("its tokenizer has no vocabulary")
+        except LOADING_ERRORS as error:
             raise EncoderError(cannot_load("clip", model, error)) from None
         self.id, self.device, self.batch_size = f"{identity(model)} {precision}", device, batch_size
         self.dtype = open_clip.get_input_dtype(precision) or torch.float32
@@ -145,12 +155,12 @@ class ClipEncoder:
     @torch.inference_mode()
     def images(self, pictures: Sequence[Picture]) -> torch.Tensor:
         """N images → unit vectors (N, d)."""
-        return _batched(pictures, self.batch_size, self._encode_images)
+        return _batched("clip", pictures, self.batch_size, self._encode_images)
 
     @torch.inference_mode()
     def texts(self, prompts: Sequence[str]) -> torch.Tensor:
         """N prompts → unit vectors (N, d)."""
-        return _batched(prompts, self.batch_size, lambda p: self.model.encode_text(self.tokenizer(p).to(self.device)))
+        return _batched("clip", prompts, self.batch_size, self._encode_texts)
 
     def cut(self, prompts: Sequence[str]) -> str | None:
         """How many prompts are longer than the model reads, in words; None where it reads them all."""
@@ -158,6 +168,9 @@ class ClipEncoder:
         tokens = self.tokenizer([*prompts, ""], context_length=4 * length)
         longer = int((tokens[:-1, length:] != tokens[-1, -1]).any(1).sum())  # past it an empty prompt is all padding
         return f"{longer} of {len(prompts)}, after {length} tokens" if longer else None
+
+    def _encode_texts(self, prompts: Sequence[str]) -> torch.Tensor:
+        return self.model.encode_text(self.tokenizer(prompts).to(self.device))
 
     def _encode_images(self, pictures: Sequence[Picture]) -> torch.Tensor:
         pixels = torch.stack([self.preprocess(open_image(p)) for p in pictures])
@@ -188,10 +201,47 @@ def _quietly():
             transformers_logging.enable_progress_bar()
 
 
-def _batched(items: Sequence, size: int, encode: Callable) -> torch.Tensor:
+def _batched(kind: str, items: Sequence, size: int, encode: Callable) -> torch.Tensor:
+    """Unit vectors (N, d) of N items. Raises EncoderError where one is no number: every cosine with it would be NaN."""
     items = list(items)
-    parts = [encode(items[i : i + size]).float().cpu() for i in range(0, len(items), size)]
-    return F.normalize(torch.cat(parts), dim=-1)
+    vectors = torch.cat([encode(items[i : i + size]).float().cpu() for i in range(0, len(items), size)])
+    if bad := (~vectors.isfinite().all(-1)).nonzero().flatten().tolist():
+        item = items[bad[0]]
+        which = f"image {bad[0] + 1} of {len(items)}" if isinstance(item, Image.Image) else f"'{item}'"
+        raise EncoderError(
+            f"evaluation.{kind} makes NaN or infinity of {which}: its weights hold some or overflow in 16 bits; "
+            "fetch it again, or compute in float32"
+        )
+    return F.normalize(vectors, dim=-1)
+
+
+def _require_whole(report: dict) -> None:
+    """Raises ValueError where weights are missing, have another shape, or are of layers that the model has not.
+
+    Many ViTs are published without a pooler; the score is of the CLS token and never uses it, nor a classifier.
+    """
+    if missing := sorted(key for key in report["missing_keys"] if not key.startswith("pooler.")):
+        raise ValueError(f"its weights lack {', '.join(missing[:3])}")
+    if misshapen := sorted(report["mismatched_keys"], key=str):
+        key, found, needed = misshapen[0]
+        raise ValueError(f"its {key} has the shape {tuple(found)} where its config.json needs {tuple(needed)}")
+    if spare := sorted(key for key in report["unexpected_keys"] if re.search(r"\blayers?\.\d+\.", key)):
+        raise ValueError(f"its config.json has no place for {spare[0]} of its weights")
+
+
+def _sides(config) -> tuple[int, int]:
+    """The sides in pixels of a ViT's images and patches. Raises ValueError for one that cannot see the protocol's."""
+    size, patch = (
+        side[0] if isinstance(side, list | tuple) and len(set(side)) == 1 else side
+        for side in (config.image_size, config.patch_size)
+    )
+    if not (isinstance(size, int) and isinstance(patch, int)):
+        raise ValueError(f"it sees images of {size} pixels in patches of {patch}, and the protocol's are square")
+    if config.num_channels != 3:
+        raise ValueError(f"it sees {config.num_channels} colour channels, and images have 3")
+    if config.model_type == "vit" and size > PUBLISHED:  # the others interpolate their positions
+        raise ValueError(f"it sees images of {size} pixels alone, and scores are of {PUBLISHED}")
+    return size, patch
 
 
 def _open_clip_name(model: str) -> tuple[str, str | None]:

@@ -10,7 +10,7 @@ from PIL import Image
 from focusdpo_lib import params
 from focusdpo_lib.backbones import Backbone
 from focusdpo_lib.evaluation.benchmark import Benchmark, Case, open_image
-from focusdpo_lib.runs import atomic, require_space
+from focusdpo_lib.runs import RunError, atomic, require_space
 from focusdpo_lib.workers import SILENT, WHOLE, Progress, Shard
 
 IMAGES = "images"
@@ -27,7 +27,16 @@ def image_seed(base: int, case: Case, index: int) -> int:
 
 
 def save_images(pixels: torch.Tensor, paths: Sequence[Path]) -> None:
-    """Writes pixels (B, 3, H, W) in [-1, 1] as PNG files, each whole or not at all."""
+    """Writes pixels (B, 3, H, W) in [-1, 1] as PNG files, each whole or not at all.
+
+    Raises RunError, and writes none, if one holds NaN or infinity: it would be a black picture like any other.
+    """
+    numbers = pixels.isfinite().flatten(1).all(1).tolist()
+    if lost := [path.name for path, finite in zip(paths, numbers, strict=True) if not finite]:
+        raise RunError(
+            f"the image {lost[0]} came out as NaN or infinity: a weight of the model, a LoRA or the adapter is none or "
+            "overflows; fetch or train it again, or set backbone.precision to float32"
+        )
     arrays = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     for array, path in zip(arrays, paths, strict=True):
         with atomic(path) as partial:

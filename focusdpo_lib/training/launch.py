@@ -28,6 +28,7 @@ from focusdpo_lib import backbones, params, provenance, runs
 from focusdpo_lib.training import TrainingError, ranks, train
 from focusdpo_lib.training.memory import MemoryAdvice
 from focusdpo_lib.training.pairs import load
+from focusdpo_lib.workers import end_with_stdin
 
 FACTS = "processes.json"  # the device and peak memory of every process
 LOG = "launch-{}.log"  # what the processes of a machine write to stderr; kept when they fail
@@ -74,7 +75,8 @@ def command(folder: Path, prepared: Path, processes: int, launch: params.Launch,
 def run(words: Sequence[str], folder: Path, machine_rank: int = 0) -> None:
     """Runs a `command` whose output is shown as it comes. Raises TrainingError with what a failed process said.
 
-    An interrupt ends the processes too; the run then goes on from its checkpoint, as after any kill.
+    An interrupt, or the end of this process however it comes, ends them too; the run then goes on from its checkpoint,
+    as after any kill.
     """
     log, text = Path(folder) / LOG.format(machine_rank), codecs.getincrementaldecoder("utf-8")("replace")
     threads = os.environ.get("OMP_NUM_THREADS", "1")  # as accelerate chooses, but without saying so
@@ -82,7 +84,8 @@ def run(words: Sequence[str], folder: Path, machine_rank: int = 0) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
     ranks.clear(environment)
     with open(log, "wb") as errors:
-        child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=errors, start_new_session=True, env=environment)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}  # see workers.end_with_stdin
+        child = subprocess.Popen(words, **pipes, start_new_session=True, env=environment)
         try:
             while shown := child.stdout.read1(4096):
                 print(text.decode(shown), end="", flush=True)
@@ -112,6 +115,7 @@ def _what_failed(log: Path, code: int) -> str:
 
 def work(folder: Path, prepared: Path) -> None:
     """One process of a training run: its settings come from the run's params.yaml."""
+    end_with_stdin()  # whose other end `run` holds: it passes through accelerate's and torch's launchers
     values = yaml.safe_load((folder / runs.PARAMS).read_text(encoding="utf-8"))
     names = ("backbone", "objective", "masks", "training")
     use = {name: params.section(name, values[name], str(folder / runs.PARAMS)) for name in names}

@@ -4,10 +4,11 @@ import os
 import re
 from collections.abc import MutableMapping
 
-# Read by torch.distributed, torchrun and accelerate, the last also in the words of MPI.
+# Read by torch.distributed, torchrun (PET_: its options, as Kubernetes' training operator sets them) and accelerate,
+# the last also in the words of MPI.
 OF_A_LAUNCHER = re.compile(
     r"((LOCAL_|GROUP_|ROLE_|NODE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|(ACCELERATE|TORCHELASTIC)_.*"
-    r"|(OMPI|MV2)_COMM_WORLD_.*|PMI_(RANK|SIZE))"
+    r"|(OMPI|MV2)_COMM_WORLD_.*|PMI_(RANK|SIZE)|PET_.*)"
 )
 
 
