@@ -126,6 +126,21 @@ def test_training_loads_no_encoder(family, models):
     assert backbones.load(settings("flux_uno", models["flux_uno"]), parts="encoders").transformer is None
 
 
+@pytest.mark.parametrize("cut", [0, 100])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_damaged_adapter_is_one_sentence(family, cut, models, tmp_path):
+    model = backbones.load(settings(family, models[family]), parts="network")
+    model.add_adapter(2)
+    model.save_adapter(tmp_path / "run" / ADAPTER)
+    (weights,) = (tmp_path / "run" / ADAPTER).glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:cut])
+    expected = (
+        rf"^the adapter {tmp_path}/run/adapter cannot be loaded \(.*\): delete {tmp_path}/run and train it again$"
+    )
+    with pytest.raises(ValueError, match=expected):
+        model.load_adapter(tmp_path / "run" / ADAPTER)
+
+
 @pytest.mark.parametrize("weights", ["bfloat16", "float16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_base_in_half_precision_trains_float32_adapters(family, weights, models, prepared_by, tmp_path):

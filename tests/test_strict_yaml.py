@@ -151,7 +151,7 @@ def test_a_value_with_slashes_or_braces_reaches_the_notebook_and_names_one_folde
     (tmp_path / "a.yaml").write_text("place: y\n")
     words = [str(tmp_path / "a.ipynb"), str(tmp_path / "a.yaml"), "--into", str(tmp_path / "out")]
     assert batch([*words, "--set", f'place="{value}"']) == 0
-    (folder,) = (tmp_path / "out").iterdir()
+    (folder,) = (tmp_path / "out").glob("[!.]*")
     assert f"<{value}>" in (folder / f"{folder.name}.ipynb").read_text("utf-8")
 
 

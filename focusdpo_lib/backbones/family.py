@@ -10,6 +10,7 @@ from diffusers import BitsAndBytesConfig
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -185,13 +186,21 @@ class Family:
         self.pipeline.save_lora_weights(folder, **layers, safe_serialization=True)
 
     def load_adapter(self, folder: Path) -> None:
-        """Loads an adapter that `save_adapter` wrote, on top of whatever is part of the base; replaces one of ours."""
+        """Loads an adapter that `save_adapter` wrote, on top of whatever is part of the base; replaces one of ours.
+
+        Raises FileNotFoundError where there is none, and ValueError for one that is damaged.
+        """
         if not (Path(folder) / LORA_WEIGHT_NAME_SAFE).is_file():
             raise FileNotFoundError(f"{folder} holds no adapter ({LORA_WEIGHT_NAME_SAFE}): train it again")
         others = self._without_adapter()
-        with _beside_others():
-            self.network.load_lora_adapter(
-                folder, prefix=self.part, adapter_name=ADAPTER, weight_name=LORA_WEIGHT_NAME_SAFE, use_safetensors=True
-            )
+        how = {"adapter_name": ADAPTER, "weight_name": LORA_WEIGHT_NAME_SAFE, "use_safetensors": True}
+        try:
+            with _beside_others():
+                self.network.load_lora_adapter(folder, prefix=self.part, **how)
+        except (SafetensorError, OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"the adapter {folder} cannot be loaded ({reason}): delete {Path(folder).parent} and train it again"
+            ) from None
         self.network.set_adapter([*others, ADAPTER])
         self.network.requires_grad_(False)
