@@ -20,7 +20,7 @@ make_venv = uv venv --quiet --allow-existing --python $(PYTHON) .venv
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help lab reproduce reference test processors older-processors lint format strip bench toybox-weights lock clean
+.PHONY: help lab reproduce reference test test-ray processors older-processors lint format strip bench toybox-weights lock clean
 
 help: ## List the targets
 	@echo "FocusDPO reproduction kit: make <target>"
@@ -50,10 +50,12 @@ workers := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: lint ## Lint and test (within 10 minutes; downloads nothing but the packages)
 	$(pytest) $(workers) --ignore $(alone)
-	$(pytest) $(alone)
 
-# Ray gives up a node that takes 30 seconds to start, which it may where other tests run beside it.
+# Ray gives up a node that takes 30 seconds to start, which it may where anything runs beside it.
 alone := tests/test_engine_ray.py
+
+test-ray: $(ready) ## Test the engine ray on a cluster of pretend GPUs (minutes, on a machine that does nothing else)
+	$(pytest) $(alone)
 
 # What computes, as on other processors: older instruction sets, bfloat16 arithmetic of their own or none.
 numbers := masks objectives backbone_flux_uno backbone_sdxl_ip both_families training_loop training_pairs bench \

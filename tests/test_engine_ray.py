@@ -87,6 +87,7 @@ def test_jobs_run_side_by_side_on_gpus_of_their_own_each_after_what_it_needs(clu
     assert run_all(jobs, "ray") == 1
     said = capsys.readouterr().out
     found = records(tmp_path)
+    assert "nothing was run" not in said
     assert sorted(found) == ["a", "after a and b", "b"]
     assert found["a"]["begun"] < found["b"]["ended"] and found["b"]["begun"] < found["a"]["ended"]
     assert found["after a and b"]["begun"] > max(found["a"]["ended"], found["b"]["ended"])

@@ -49,7 +49,11 @@ def work(job: Job, settings: str, cwd: str, log: Path, warm: bool, place: str) -
     with _into(log):
         print(f"{STARTED}{platform.node()} ({place})", flush=True)
         if _settings(job) != settings:
-            raise EngineError(f"{job.params} says something else on {platform.node()} than where this was started")
+            what = job.params or "its settings"
+            raise EngineError(
+                f"{what} says something else on {platform.node()} than where this was started: let all machines see "
+                "the same files"
+            )
         start = time.monotonic()
         ran = execute(job, warm)
         print(f"ended after {time.monotonic() - start:.1f} s", flush=True)
