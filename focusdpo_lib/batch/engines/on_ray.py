@@ -7,6 +7,7 @@ same package. A task whose worker or node is lost is tried again and goes on whe
 import hashlib
 import os
 import platform
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from focusdpo_lib.batch.schedule import Node, Task, makespan
 RETRIES = 3  # of a job whose worker or node was lost
 # Whether Ray listens to other machines. (Despite its name it is asked on Linux, too; Ray resolves 127.0.0.1 else.)
 CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+ANSWER = 20  # seconds that a cluster has to answer
 SLOW = "timed out during startup"  # in what Ray says then
 STORE = 100_000_000  # bytes that Ray keeps for objects between tasks; ours are a few words
 SETTINGS = {
@@ -70,8 +72,9 @@ def _connected(ray: Any) -> Iterator[None]:
         return
     if address := os.environ.get("RAY_ADDRESS"):
         try:
+            _require_answer(address)  # else Ray itself tries for minutes
             ray.init(address=address, **QUIET)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise EngineError(
                 f"the cluster at RAY_ADDRESS={address} cannot be joined ({str(error).splitlines()[0]}): start it, or "
                 "correct the address"
@@ -82,6 +85,13 @@ def _connected(ray: Any) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """OSError where nothing listens at host:port (a name of Ray's own, such as auto, is not looked at)."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER).close()
 
 
 def patiently(start: Callable[[], Any], tries: int = 3) -> Any:
