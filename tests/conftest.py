@@ -16,7 +16,17 @@ SIZES = {"heads": 2, "head_dim": 16, "double_blocks": 2, "single_blocks": 2, "te
 torch.set_num_threads(1)  # tensors this small only lose time to threads, and sums keep one order
 
 # These files take a minute each, most of it in processes that they start: of several workers each begins with one.
-LONG = ("batch_reproduce", "training_launch", "bench_count", "paper_profile", "bench", "notebooks", "comparison")
+LONG = (
+    "batch_reproduce",
+    "workers",
+    "training_launch",
+    "bench_count",
+    "paper_profile",
+    "bench",
+    "notebooks",
+    "comparison",
+    "engine_slurm",
+)
 
 
 def pytest_collection_modifyitems(items):

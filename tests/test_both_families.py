@@ -5,6 +5,7 @@ from itertools import combinations
 import pytest
 import torch
 from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
 from tiny_models import write_tiny_sdxl_ip
 from tiny_training import TRAINING
 
@@ -124,6 +125,16 @@ def test_training_loads_no_encoder(family, models):
     for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "image_encoder"):
         assert getattr(network.pipeline, name, None) is None, name
     assert backbones.load(settings("flux_uno", models["flux_uno"]), parts="encoders").transformer is None
+
+
+def test_an_adapter_is_the_same_file_every_time(models, tmp_path):
+    """Of eight, two facts in the header would else stand in either order."""
+    model = backbones.load(settings("flux_uno", models["flux_uno"]), parts="network")
+    model.add_adapter(2)
+    for i in range(8):
+        model.save_adapter(tmp_path / str(i))
+    assert len({(tmp_path / str(i) / "pytorch_lora_weights.safetensors").read_bytes() for i in range(8)}) == 1
+    assert load_file(tmp_path / "0" / "pytorch_lora_weights.safetensors")
 
 
 @pytest.mark.parametrize("cut", [0, 100])

@@ -1,9 +1,7 @@
 """What a reader saw against what should be there, by hand."""
 
 import pytest
-import torch
 
-from focusdpo_lib.evaluation.encoders import EncoderError
 from focusdpo_lib.toybox import attributes
 
 CAT = {"class_name": "cat", "base": "red", "accent": "blue", "pattern": "dots", "trim": "white"}
@@ -36,13 +34,3 @@ def test_leakage_counts_the_other_s_values_among_the_attributes_that_differ():
     assert attributes.leakage([CAT | {"trim": "black"}], [CAT, MUG]) == [(1, 3), (0, 3)]  # the missing mug still counts
     with pytest.raises(ValueError, match="between two subjects, not 1"):
         attributes.leakage([CAT], [CAT])
-
-
-@pytest.mark.parametrize("size", [(32, 32), (64, 128)])
-def test_images_of_another_size_than_the_reader_s_are_refused(size):
-    reader = attributes.ToyboxReader(None, "reader")
-    expected = (
-        rf"^evaluation\.reader sees images of 64×64 pixels, and these have {size[1]}×{size[0]}: set generation\.size"
-    )
-    with pytest.raises(EncoderError, match=expected):
-        reader(torch.zeros(1, 3, *size))

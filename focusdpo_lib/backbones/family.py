@@ -1,5 +1,6 @@
 """What the families share: precision, sampling, and our adapter, which training moves and the reference model lacks."""
 
+import json
 import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
@@ -83,6 +84,18 @@ def _beside_others():
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         yield
+
+
+def _in_one_order(path: Path) -> None:
+    """Sorts the facts in a safetensors file's header, which the library writes in any order: so that the same weights
+    are the same file, and an adapter that was trained again is the same input."""
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
 
 
 class Family:
@@ -184,6 +197,7 @@ class Family:
         facts = {name: sorted(value) if isinstance(value, set) else value for name, value in facts.items()}
         layers = {f"{self.part}_lora_layers": state, f"{self.part}_lora_adapter_metadata": facts}
         self.pipeline.save_lora_weights(folder, **layers, safe_serialization=True)
+        _in_one_order(Path(folder) / LORA_WEIGHT_NAME_SAFE)
 
     def load_adapter(self, folder: Path) -> None:
         """Loads an adapter that `save_adapter` wrote, on top of whatever is part of the base; replaces one of ours.

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from focusdpo_lib.evaluation.encoders import EncoderError, cannot_load, identity
-from focusdpo_lib.toybox.world import ATTRIBUTES, SCENE_SIZE
+from focusdpo_lib.toybox.world import ATTRIBUTES
 
 CAN_LEAK = tuple(name for name in ATTRIBUTES if name != "class_name")
 
@@ -64,13 +64,6 @@ class ToyboxReader:
         self.model, self.id = model, id
 
     def __call__(self, pixels: torch.Tensor) -> list[list[dict]]:
-        """As of the protocol. Raises EncoderError for images of another size than the toybox's."""
-        if pixels.shape[-2:] != (SCENE_SIZE, SCENE_SIZE):
-            height, width = pixels.shape[-2:]
-            raise EncoderError(
-                f"evaluation.reader sees images of {SCENE_SIZE}×{SCENE_SIZE} pixels, and these have {width}×{height}: "
-                f"set generation.size to {SCENE_SIZE}, or evaluation.reader to null"
-            )
         return self.model.read(pixels)
 
     def scores(self, found: list[dict], expected: dict[str, dict]) -> list[tuple[str, str, float, float]]:
