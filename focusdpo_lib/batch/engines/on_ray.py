@@ -134,12 +134,12 @@ def _require_sight(ray: Any, jobs: Sequence[Job]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     with NamedTemporaryFile(dir=next(iter(folders)), prefix=runs.PARTIAL) as token:
         look = ray.remote(num_cpus=0, max_retries=0)(_looks)
-        seen = {}
+        seen = []
         for node in (node for node in ray.nodes() if node["Alive"]):
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             words = token.name, os.getcwd(), _package()
-            seen[node["NodeManagerHostname"]] = look.options(scheduling_strategy=there).remote(*words)
-        for host, answer in seen.items():
+            seen.append((node["NodeManagerHostname"], look.options(scheduling_strategy=there).remote(*words)))
+        for host, answer in seen:
             try:
                 problem = ray.get(answer, timeout=120)
             except ray.exceptions.GetTimeoutError:
