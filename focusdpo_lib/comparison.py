@@ -3,34 +3,28 @@
 adapters (training runs) → images (generation runs) → scores → `evaluation.tables`
 """
 
-import math
 import re
 from collections.abc import Mapping, Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from IPython.display import HTML
 from matplotlib.figure import Figure
 from PIL import Image
 
 from focusdpo_lib import backbones, params, runs, stages
-from focusdpo_lib.backbones import Backbone
 from focusdpo_lib.evaluation import scores, statistics, tables
 from focusdpo_lib.evaluation.benchmark import Benchmark
-from focusdpo_lib.evaluation.encoders import Encoders, to_pixels
+from focusdpo_lib.evaluation.encoders import EncoderError, Encoders, to_pixels
 from focusdpo_lib.evaluation.rows import OBJECTIVES, ROWS
 from focusdpo_lib.evaluation.rows import family as family_of
 from focusdpo_lib.generation import IMAGES, image_name
-from focusdpo_lib.masks import to_grid
 from focusdpo_lib.runs import Run, atomic
 from focusdpo_lib.toybox.attributes import match
 from focusdpo_lib.toybox.benchmark import render_case
 from focusdpo_lib.toybox.world import ATTRIBUTES
 from focusdpo_lib.training import LOG
-from focusdpo_lib.training.pairs import PreparedPairs
 
 ORACLE = "oracle"
 TRAINED_WITH = ("backbone", "objective", "masks", "training")  # a training run's settings
@@ -141,7 +135,14 @@ def load_encoders(
     """
     for rows in families.values():
         scores.check(benchmark, evaluation, rows.generation)
-    return stages.load_encoders(evaluation)
+    found = stages.load_encoders(evaluation)
+    for family, rows in families.items():
+        if found.reader and benchmark.has_attributes and rows.generation.size != found.reader.size:
+            raise EncoderError(
+                f"generation.size = {rows.generation.size} of {family} is not accepted where evaluation.reader reads "
+                f"the images, which takes {found.reader.size} pixels: set it to that, or evaluation.reader to null"
+            )
+    return found
 
 
 def make_images(
@@ -267,38 +268,6 @@ def logs_beside(folder: Path) -> dict[str, pd.DataFrame]:
         if (there["backbone"], there["training"]["seed"]) == (own["backbone"], own["training"]["seed"]):
             found.setdefault(there["objective"]["name"], pd.read_csv(other / LOG))
     return {name: found[name] for name in OBJECTIVES if name in found}
-
-
-@torch.no_grad()
-def errors_by_region(
-    backbone: Backbone, data: Mapping[int, PreparedPairs], times: Sequence[float] = (0.3, 0.5, 0.7), seed: int = 0
-) -> pd.DataFrame:
-    """Mean squared error of base and policy on winners and losers, inside and outside the subjects' prior masks.
-
-    Indexed by image and region; columns base, trained and change (trained / base − 1). Winner and loser share noise
-    and times, as in training, and every pair is seen once at each time.
-    """
-    sums = {}
-    for count, pairs in data.items():
-        inside = to_grid(pairs.prior_tokens.amax(1), pairs.token_grid, pairs.win.shape[-2:])
-        batch = max(1, 2**13 // math.prod(pairs.win.shape[-2:]))  # 32 of the toybox's latents, 2 of 64×64
-        noise = torch.randn(pairs.win.shape, generator=torch.Generator().manual_seed(seed + count))
-        regions = {"subjects": inside, "background": 1 - inside}
-        for (image, clean), t in product((("winner", pairs.win), ("loser", pairs.lose)), times):
-            for rows in torch.arange(len(pairs)).split(batch):
-                x, e, at = clean[rows], noise[rows], torch.full((len(rows),), t)
-                x, e, at = (value.to(backbone.device) for value in (x, e, at))
-                arguments = backbone.noised(x, e, at), at, pairs.conditioning[rows].to(backbone.device)
-                with backbone.reference_model():
-                    found = {"base": backbone.predict(*arguments)}
-                found["trained"] = backbone.predict(*arguments)
-                for (model, prediction), (region, mask) in product(found.items(), regions.items()):
-                    error = (prediction - backbone.target(x, e, at)).square().mean(1).cpu() * mask[rows]
-                    total = sums.setdefault((image, region), {}).setdefault(model, [0.0, 0.0])
-                    total[0] += error.sum().item()
-                    total[1] += mask[rows].sum().item()
-    table = pd.DataFrame({key: {m: total / area for m, (total, area) in of.items()} for key, of in sums.items()}).T
-    return table.assign(change=table["trained"] / table["base"] - 1).rename_axis(["image", "region"])
 
 
 def _params(folder: Path) -> dict[str, dict[str, Any]]:

@@ -48,11 +48,17 @@ class _Loader(yaml.SafeLoader):
             _refuse(node, f"{node.value} would be read as {value}: write it as a decimal number, or a text in quotes")
         return value
 
+    def construct_text(self, node: yaml.ScalarNode) -> str:
+        if "\0" in node.value:
+            _refuse(node, "a text that holds the character NUL names no file: take it out")
+        return self.construct_yaml_str(node)
+
     def construct_date(self, node: yaml.ScalarNode) -> None:
         _refuse(node, f"{node.value} would be read as a date: put it in quotes")
 
 
 _Loader.add_constructor(f"{TAG}timestamp", _Loader.construct_date)
+_Loader.add_constructor(f"{TAG}str", _Loader.construct_text)
 for _kind in ("int", "float"):
     _Loader.add_constructor(f"{TAG}{_kind}", _Loader.construct_number)
 

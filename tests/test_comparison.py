@@ -7,11 +7,13 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+import torch
 from tiny_models import write_tiny_models, write_tiny_profile
 
 from focusdpo_lib import batch, comparison, params, runs, stages
 from focusdpo_lib.batch import Job
 from focusdpo_lib.evaluation import tables
+from focusdpo_lib.evaluation.encoders import EncoderError
 from focusdpo_lib.toybox.benchmark import write_benchmark
 
 ROOT = Path(__file__).parents[1]
@@ -148,6 +150,18 @@ def test_a_run_of_another_stage_is_no_training(tmp_path, settings):
         pass
     with pytest.raises(params.ParameterError, match="pairs is no training run: name one that notebook 03 made"):
         adapters(tmp_path, ["pairs"])
+
+
+def test_images_that_the_reader_cannot_take_are_refused_before_they_are_made(tmp_path):
+    benchmark = stages.load_benchmark(tmp_path, params.Benchmark(), "single")
+    families = params.section("families", {"uno": {"generation": {"size": 128}}}).given
+    with pytest.raises(EncoderError, match=r"size = 128 of uno is not accepted .* takes 64 pixels: set it to that, or"):
+        comparison.load_encoders(benchmark, params.section("evaluation"), families)
+    without = params.section("evaluation", {"reader": None})
+    assert comparison.load_encoders(benchmark, without, families).reader is None
+    reader = stages.load_encoders(params.section("evaluation")).reader
+    with pytest.raises(EncoderError, match=r"64×64 pixels, not of 48×64: make them with generation.size 64"):
+        reader(torch.zeros(1, 3, 48, 64))
 
 
 @needs_data

@@ -205,3 +205,10 @@ def test_a_list_of_a_notebook_keeps_its_kind(tmp_path):
             resolved(Job(book, tmp_path / "x", tmp_path / "a.yaml"))
     (tmp_path / "a.yaml").write_text("ipap: null\ntimesteps: [1]\nseed: 0\n")
     assert resolved(Job(book, tmp_path / "x", tmp_path / "a.yaml"))["ipap"] is None
+
+
+def test_a_text_with_the_character_that_ends_a_path_is_refused():
+    with pytest.raises(
+        StrictYamlError, match=r"line 2: a text that holds the character NUL names no file: take it out"
+    ):
+        strict_yaml.load('a: 1\nresults: "here\\0there"')

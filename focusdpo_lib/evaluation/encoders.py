@@ -45,6 +45,7 @@ class AttributeReader(Protocol):
     """What sees attributes in an image, where a benchmark knows those of its subjects (the toybox's does)."""
 
     id: str
+    size: int  # of the sides of the images that it reads, in pixels
 
     def __call__(self, pixels: torch.Tensor) -> list[list[dict]]:
         """Pixels (B, 3, H, W) in [-1, 1] → the attributes of every subject found, image by image."""

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from focusdpo_lib.evaluation.encoders import EncoderError, cannot_load, identity
-from focusdpo_lib.toybox.world import ATTRIBUTES
+from focusdpo_lib.toybox.world import ATTRIBUTES, SCENE_SIZE
 
 CAN_LEAK = tuple(name for name in ATTRIBUTES if name != "class_name")
 
@@ -59,6 +59,8 @@ def _right(seen: dict, true: dict) -> list[str]:
 
 class ToyboxReader:
     """The reader as the protocol takes it (`evaluation.encoders.AttributeReader`); `id` names its weights."""
+
+    size = SCENE_SIZE
 
     def __init__(self, model, id: str) -> None:
         self.model, self.id = model, id

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock
 
+from focusdpo_lib.evaluation.encoders import EncoderError
 from focusdpo_lib.toybox import world
 from focusdpo_lib.toybox.batches import (
     ABSENT,
@@ -115,7 +116,14 @@ class Reader(nn.Module, PyTorchModelHubMixin):
         """Images (B, 3, 64, 64) in [-1, 1] → for each, what was found from left to right: up to two dicts.
 
         A dict has the five ATTRIBUTES by name and `x`, the subject's centre as a fraction of the image's width.
+        Raises EncoderError for images of another size.
         """
+        if images.shape[1:] != (3, world.SCENE_SIZE, world.SCENE_SIZE):
+            size = "×".join(str(side) for side in images.shape[-2:])
+            raise EncoderError(
+                f"the toybox's reader takes images of {world.SCENE_SIZE}×{world.SCENE_SIZE} pixels, not of {size}: "
+                f"make them with generation.size {world.SCENE_SIZE}, or set evaluation.reader to null"
+            )
         found = []
         for part in images.split(batch):
             outputs = {name: value.cpu() for name, value in self(part.to(self.locator.place)).items()}
