@@ -10,12 +10,13 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial as given
 from pathlib import Path
 
 import pandas as pd
 from huggingface_hub import try_to_load_from_cache
 
-from focusdpo_lib import backbones, params, provenance, runs, workers
+from focusdpo_lib import backbones, cluster, params, provenance, runs, workers
 from focusdpo_lib.backbones import best_device
 from focusdpo_lib.dip import dataset
 from focusdpo_lib.dip import toybox as dip_toybox
@@ -28,14 +29,15 @@ from focusdpo_lib.generation import IMAGES, generate
 from focusdpo_lib.runs import Run, RunError, atomic, fingerprint, home, is_complete
 from focusdpo_lib.toybox import attributes
 from focusdpo_lib.toybox.benchmark import write_benchmark
-from focusdpo_lib.training import ADAPTER, CHECKPOINT, adapter_card, train
+from focusdpo_lib.training import ADAPTER, CHECKPOINT, adapter_card, regions, train
 from focusdpo_lib.training.launch import FACTS, command
 from focusdpo_lib.training.launch import run as run_processes
+from focusdpo_lib.training.launch import work as launch_worker
 from focusdpo_lib.training.memory import MemoryAdvice
 from focusdpo_lib.training.pairs import Group, groups, join, load, prepare_into
 from focusdpo_lib.workers import Progress, Shard
 
-SCORES = "scores.parquet"
+SCORES, ERRORS = "scores.parquet", "errors.csv"
 PREPARED_BY = (
     "entropy_window",
     "entropy_bins",
@@ -246,12 +248,60 @@ def _train(
             model = backbones.load(backbone, best_device(), parts="network")
             train(model, load(prepared), job.folder, objective=objective, masks=masks, training=training)
     else:
-        run_processes(command(job.folder, prepared, training.processes, launch), job.folder)
+        if cluster.serves(training.processes):
+            cluster.train(given(launch_worker, job.folder, prepared), training.processes, job.folder)
+        else:
+            run_processes(command(job.folder, prepared, training.processes, launch), job.folder)
         processes = json.loads((job.folder / FACTS).read_text(encoding="utf-8"))
         job.facts |= {"processes": processes, "device": processes[0]["device"]}
         job.facts["peak_memory_bytes"] = max(facts["peak_memory_bytes"] for facts in processes)
     where = job.facts.get("device") or provenance.device()["device"]
     adapter_card.write(job.folder / ADAPTER, job.folder, backbone, objective, masks, training, where)
+
+
+def errors_by_region(
+    results: Path,
+    run: str,
+    pairs: Path,
+    backbone: params.Backbone,
+    masks: params.Masks,
+    adapter: Path,
+    tolerance: int = 0,
+    processes: int = 1,
+) -> pd.DataFrame:
+    """Stage errors: mean squared error of base and training run `adapter` on the validation pairs, by image and region.
+
+    Columns base, trained and change (see `training.regions`). `tolerance` is that of `read_dataset`.
+    """
+    backbone = backbones.pinned(backbone, results)
+    inputs: dict[str, Path | str] = {**_reads(pairs), **backbones.inputs(backbone), "adapter": Path(adapter)}
+    job = Run(place(results, "errors", run), {"backbone": backbone, "masks": masks}, inputs)
+    with job.alone():
+        if not job.complete:
+            with job:
+                work = _Measuring(job.folder, Path(pairs), backbone, masks, Path(adapter), tolerance)
+                workers.run(work, job.folder, processes, "errors", "pair")
+                with atomic(job.folder / ERRORS) as partial:
+                    regions.table(job.folder).to_csv(partial)
+    return pd.read_csv(job.folder / ERRORS, index_col=regions.KEY)
+
+
+@dataclass(frozen=True)
+class _Measuring:
+    folder: Path
+    pairs: Path
+    backbone: params.Backbone
+    masks: params.Masks
+    adapter: Path
+    tolerance: int
+
+    def __call__(self, shard: Shard, progress: Progress) -> None:
+        with MemoryAdvice(self.backbone):
+            model = backbones.load(self.backbone, best_device())
+            model.load_adapter(self.adapter / ADAPTER)
+            read = dataset.read_dataset(self.pairs, ["validation"], check=False, tolerance=self.tolerance)
+            of = {"shard": shard, "progress": progress}
+            regions.measure_into(self.folder, model, read["validation"], self.masks, **of)
 
 
 def other_base(adapter: Path, backbone: params.Backbone) -> str | None:

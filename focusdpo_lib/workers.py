@@ -1,5 +1,7 @@
 """A heavy stage in several processes, each with a GPU of its own: every one makes its share of the batches.
 
+The processes are children on this machine or, where an engine's Ray cluster has the GPUs, its tasks (see `cluster`).
+
 A stage hands over its *work*, a picklable callable `work(shard, progress)` that makes whatever its shard lacks and
 leaves every batch on disk, whole. Shard (i, n) takes every n-th batch from the i-th on, of the batches that one
 process would form, and computes with as many threads: so the result is that of one process, to the bit on a CPU.
@@ -21,6 +23,7 @@ from typing import Protocol
 
 from tqdm import tqdm
 
+from focusdpo_lib import cluster
 from focusdpo_lib.runs import PARTIAL, RunError
 
 Shard = tuple[int, int]  # its number and how many there are
@@ -46,6 +49,7 @@ class Progress(Protocol):
 
 
 Work = Callable[[Shard, Progress], None]
+Start = Callable[[Shard], BaseProcess | cluster.Task]
 
 
 class Silent:
@@ -124,17 +128,17 @@ def run(work: Work, folder: Path, processes: int, what: str, unit: str, apart: b
         if processes == 1 and not apart:
             work(WHOLE, bar)
             return
-        devices = _devices(processes)
-        with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder) as notes:
-            shards = [(i, processes) for i in range(processes)]
-            dead = _together(work, shards, Path(notes), devices, bar)
-            for shard in dead:
-                _alone(work, shard, Path(notes), devices, what)
+        shards = [(i, processes) for i in range(processes)]
+        with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder) as name:
+            notes = Path(name).absolute()
+            start = _in_cluster(work, notes) if cluster.serves(processes) else _here(work, notes, _devices(processes))
+            for shard in _together(start, shards, notes, bar):
+                _alone(start, shard, notes, what)
 
 
-def _together(work: Work, shards: Sequence[Shard], notes: Path, devices: Sequence[str | None], bar: Bar) -> list[Shard]:
+def _together(start: Start, shards: Sequence[Shard], notes: Path, bar: Bar) -> list[Shard]:
     """Starts a process a shard, shows how far they all are, and returns the shards whose process died."""
-    children = {shard: _start(work, shard, notes, devices[shard[0]]) for shard in shards}
+    children = {shard: start(shard) for shard in shards}
     try:
         while any(child.is_alive() for child in children.values()):
             _show(bar, [Notes(notes, shard) for shard in shards])
@@ -151,11 +155,10 @@ def _together(work: Work, shards: Sequence[Shard], notes: Path, devices: Sequenc
     return [shard for shard, child in children.items() if child.exitcode]
 
 
-def _alone(work: Work, shard: Shard, notes: Path, devices: Sequence[str | None], what: str) -> None:
+def _alone(start: Start, shard: Shard, notes: Path, what: str) -> None:
     """Does a shard once more, now that the others are done."""
     said = Notes(notes, shard)
-    said.clear()
-    child = _start(work, shard, notes, devices[shard[0]])
+    child = start(shard)
     try:
         child.join()
     finally:
@@ -194,30 +197,59 @@ def _devices(processes: int) -> list[str | None]:
     return (visible.split(",") if visible else list(map(str, range(count))))[:processes]
 
 
-def _start(work: Work, shard: Shard, notes: Path, device: str | None) -> BaseProcess:
+def _here(work: Work, notes: Path, devices: Sequence[str | None]) -> Start:
+    """Starts children on this machine, each on its device."""
     import torch
 
-    words = (pickle.dumps(work), shard, notes, device, torch.get_num_threads())
-    child = multiprocessing.get_context("spawn").Process(target=_child, args=words)
-    child.start()
-    return child
+    def start(shard: Shard) -> BaseProcess:
+        words = (pickle.dumps(work), shard, notes, torch.get_num_threads(), devices[shard[0]])
+        child = multiprocessing.get_context("spawn").Process(target=_child, args=words)
+        child.start()
+        return child
+
+    return start
 
 
-def _child(work: bytes, shard: Shard, folder: Path, device: str | None, threads: int) -> None:
-    """The life of a process: the work is unpickled only once the process knows its GPU."""
+def _in_cluster(work: Work, notes: Path) -> Start:
+    """Starts tasks on the cluster's GPUs."""
+    import torch
+
+    words = pickle.dumps(work), os.getcwd(), notes, torch.get_num_threads()
+    return lambda shard: cluster.Task(_task, *words, shard)
+
+
+def _child(work: bytes, shard: Shard, notes: Path, threads: int, device: str | None) -> None:
     end_with(multiprocessing.parent_process())
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
+    if not _do(work, shard, notes, threads):
+        sys.exit(1)
+
+
+def _task(work: bytes, cwd: str, notes: Path, threads: int, shard: Shard) -> None:
+    os.chdir(cwd)
+    with cluster.redirected(Path(os.devnull)):
+        if not _do(work, shard, notes, threads):
+            raise RuntimeError("its note says why")
+
+
+def _do(work: bytes, shard: Shard, folder: Path, threads: int) -> bool:
+    """The life of a process that knows its GPU, which is why the work is unpickled no earlier; says whether it is done.
+
+    What it raises is kept as its last note.
+    """
     os.environ["OMP_NUM_THREADS"] = str(threads)  # read when torch is imported
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(threads)
     notes = Notes(folder, shard)
+    notes.clear()  # of a process before it that died
     try:
         pickle.loads(work)(shard, notes)
     except Exception as error:
         error.add_note(traceback.format_exc())
         (folder / f"{notes.name}-{ERROR}").write_bytes(pickle.dumps(error))
-        sys.exit(1)
+        return False
+    return True
 
 
 def end_with(process: BaseProcess) -> None:

@@ -13,6 +13,7 @@ FLOORS = [
     ("strict_yaml", "pictures"),
     ("params", "provenance", "masks", "objectives"),
     ("runs",),
+    ("cluster",),
     ("workers",),
     ("evaluation", "backbones"),
     ("generation",),

@@ -16,7 +16,6 @@ from tiny_training import TRAINING, child_train, load_tiny, tiny_train
 
 from focusdpo_lib import params
 from focusdpo_lib.batch import warm
-from focusdpo_lib.comparison import errors_by_region
 from focusdpo_lib.dip.dataset import DatasetError
 from focusdpo_lib.masks import correspondence, detail_field, focus_field
 from focusdpo_lib.runs import RunError
@@ -30,6 +29,7 @@ from focusdpo_lib.training import (
     draws,
     generator,
     log_rows,
+    regions,
     step_objective,
     train,
 )
@@ -652,20 +652,25 @@ def test_bfloat16_lora_weights_would_not_move_at_the_paper_s_learning_rates():
         assert moved(torch.float32, lr) == pytest.approx(20 * lr, rel=0.05 if lr > 1e-6 else 0.5)
 
 
-def test_errors_by_region_are_those_of_a_plain_loop_and_equal_for_an_untrained_adapter(prepared, policy):
-    table = errors_by_region(policy, prepared, times=(0.5,))
+def test_errors_by_region_are_those_of_a_plain_loop_and_equal_without_training(prepared, pairs, policy, tmp_path):
+    table = measured(policy, pairs, tmp_path / "trained")
     noise = {c: torch.randn(p.win.shape, generator=torch.Generator().manual_seed(c)) for c, p in prepared.items()}
     totals, areas = 0.0, 0.0
-    for count, pairs in prepared.items():
-        inside = pairs.prior_tokens.amax(1).reshape(-1, *pairs.token_grid)
+    for count, few in prepared.items():
+        inside = few.prior_tokens.amax(1).reshape(-1, *few.token_grid)
         inside = inside.repeat_interleave(2, 1).repeat_interleave(2, 2)  # a token is 2×2 latents
-        for i in range(len(pairs)):
-            x, e, t = pairs.lose[[i]], noise[count][[i]], torch.tensor([0.5])
+        for i in range(len(few)):
+            x, e, t = few.lose[[i]], noise[count][[i]], torch.tensor([0.5])
             with torch.no_grad():
-                prediction = policy.predict(0.5 * x + 0.5 * e, t, pairs.conditioning[[i]])
+                prediction = policy.predict(0.5 * x + 0.5 * e, t, few.conditioning[[i]])
             totals += ((prediction - (e - x)) ** 2).mean(1)[0][inside[i] == 0].sum().item()
             areas += (inside[i] == 0).sum().item()
     assert table.loc[("loser", "background"), "trained"] == pytest.approx(totals / areas, rel=1e-4)
     assert abs(table["change"]).max() > 1e-3
     policy.add_adapter(2)
-    assert (errors_by_region(policy, prepared, times=(0.5,))["change"] == 0).all()
+    assert (measured(policy, pairs, tmp_path / "untrained")["change"] == 0).all()
+
+
+def measured(policy, pairs, folder):
+    regions.measure_into(folder, policy, pairs, params.Masks(), times=(0.5,))
+    return regions.table(folder)

@@ -12,11 +12,12 @@ import pytest
 import torch
 from tiny_work import Counting, Seen
 
-from focusdpo_lib import params, stages, workers
+from focusdpo_lib import backbones, params, stages, workers
 from focusdpo_lib.evaluation.benchmark import Benchmark
 from focusdpo_lib.runs import PARTIAL, RunError
+from focusdpo_lib.training import ADAPTER
 
-DIP = params.Dip(train_pairs=70, validation_pairs=1, two_subject_share=0.3)
+DIP = params.Dip(train_pairs=70, validation_pairs=70, two_subject_share=0.3)
 
 
 def run(folder, processes=3, **how):
@@ -111,7 +112,7 @@ def _alive(process):
 
 
 def test_every_stage_is_the_same_to_the_bit_in_one_process_and_in_several(tiny_flux, tmp_path):
-    """Preparing, sampling and scoring; batches that do not divide among the processes."""
+    """Preparing, sampling, scoring and errors by region; batches that do not divide among the processes."""
     backbone = params.Backbone(model=str(tiny_flux))
     pairs = stages.build_pairs(tmp_path, "main", DIP)
     benchmark = Benchmark.load(stages.toybox_benchmark(tmp_path), "multi").first_prompts(1)
@@ -119,6 +120,9 @@ def test_every_stage_is_the_same_to_the_bit_in_one_process_and_in_several(tiny_f
     sampling = params.Generation(steps=1, images_per_prompt=2, batch_size=3)
     evaluation = params.Evaluation(batch_size=4)
     encoders = stages.load_encoders(evaluation)
+    model = backbones.load(backbone)
+    model.add_adapter(2)
+    model.save_adapter(tmp_path / "run" / ADAPTER)
     found = {}
     for processes in (1, 2):
         results = tmp_path / str(processes)
@@ -126,8 +130,12 @@ def test_every_stage_is_the_same_to_the_bit_in_one_process_and_in_several(tiny_f
         images = stages.generate_images(results, "base", benchmark, backbone, sampling, processes=processes)
         of = benchmark, images, encoders, evaluation, sampling
         scores = stages.score(results, "base", *of, processes=processes)
+        errors = stages.errors_by_region(
+            results, "run", pairs, backbone, params.Masks(), tmp_path / "run", processes=processes
+        )
         files = [*prepared.glob("*.safetensors"), *(images / "images").iterdir()]
-        found[processes] = {file.name: file.read_bytes() for file in files}, scores
+        found[processes] = {file.name: file.read_bytes() for file in files}, scores, errors
         assert len(files) == 2 + 14 and not (results / "scores/multi/base/embeddings").exists()
     assert found[1][0] == found[2][0]
-    pd.testing.assert_frame_equal(found[1][1], found[2][1], check_exact=True)
+    for table in (1, 2):
+        pd.testing.assert_frame_equal(found[1][table], found[2][table], check_exact=True)

@@ -7,6 +7,8 @@ notebooks/, where the paths of the settings start,
 
     python -m focusdpo_lib.training.launch ../results/paper/training/RUN --pairs ../results/paper/prepared/HASH \\
         --processes 16 --machines 2 --machine-rank 1 --main-address HOST --main-port 29500
+
+The engine `ray` needs none of this: it hands the same worker to Ray Train (see `focusdpo_lib.cluster`).
 """
 
 import argparse
@@ -115,7 +117,6 @@ def _what_failed(log: Path, code: int) -> str:
 
 def work(folder: Path, prepared: Path) -> None:
     """One process of a training run: its settings come from the run's params.yaml."""
-    end_with_stdin()  # whose other end `run` holds: it passes through accelerate's and torch's launchers
     values = yaml.safe_load((folder / runs.PARAMS).read_text(encoding="utf-8"))
     names = ("backbone", "objective", "masks", "training")
     use = {name: params.section(name, values[name], str(folder / runs.PARAMS)) for name in names}
@@ -159,6 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         if given.worker:
+            end_with_stdin()  # whose other end `run` holds: it passes through accelerate's and torch's launchers
             work(given.folder, given.pairs)
         else:
             launch = params.Launch(machines=given.machines, main_address=given.main_address, main_port=given.main_port)

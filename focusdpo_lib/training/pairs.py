@@ -96,7 +96,7 @@ def prepare(
     be 0) and for images of sizes that cannot form one batch.
     """
     parts: dict[int, list[PreparedPairs]] = {}
-    for count, _, rows in _batches(groups(pairs), backbone, batch_size):
+    for count, _, rows in batches(groups(pairs), backbone, batch_size):
         parts.setdefault(count, []).append(_prepare(backbone, [pairs[i] for i in rows], masks, patches))
     return {count: _join(batches) for count, batches in parts.items()}
 
@@ -119,7 +119,7 @@ def prepare_into(
     `grouped`: `groups(pairs)`, where it is known already. Raises RunError where the disk has no room for all.
     """
     grouped = grouped or groups(pairs)
-    mine = _batches(grouped, backbone, batch_size)[shard[0] :: shard[1]]
+    mine = batches(grouped, backbone, batch_size)[shard[0] :: shard[1]]
     todo = [batch for batch in mine if not _is_there(folder, *batch, len(grouped[batch[0]].ids))]
     progress.expects(sum(len(rows) for *_, rows in todo))
     for number, (count, at, rows) in enumerate(todo):
@@ -161,7 +161,7 @@ def _is_there(folder: Path, count: int, at: int, rows: list[int], total: int) ->
     return _batch_file(folder, count, at).exists() or RowFile(Path(folder) / FILE.format(count), total).rows > at
 
 
-def _batches(grouped: Mapping[int, Group], backbone: Backbone, size: int | None) -> list[tuple[int, int, list[int]]]:
+def batches(grouped: Mapping[int, Group], backbone: Backbone, size: int | None) -> list[tuple[int, int, list[int]]]:
     """All batches: their number of references, the place of their first row among such pairs, and their pairs.
 
     Raises DatasetError for images that do not fill whole tokens.

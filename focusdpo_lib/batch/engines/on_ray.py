@@ -15,10 +15,10 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
-from focusdpo_lib import runs
+from focusdpo_lib import cluster, params, runs
 from focusdpo_lib.batch.engines.said import say, span
 from focusdpo_lib.batch.engines.worker import EngineError, log_of, orders, started, work
-from focusdpo_lib.batch.jobs import Job, is_complete, resources
+from focusdpo_lib.batch.jobs import Job, is_complete, resolved, resources
 from focusdpo_lib.batch.schedule import Node, Task, makespan
 
 RETRIES = 3  # of a job whose worker or node was lost
@@ -123,6 +123,24 @@ def _require_room(jobs: Sequence[Job], nodes: Sequence[Node]) -> None:
                 f"{job.name} asks for {asks} on one machine, and the cluster's machines have {has}: lower resources in "
                 f"{job.params or 'its settings'}, or --set resources.gpus={max(n.gpus for n in nodes):g}"
             )
+        _require_group(job, needs.gpus, sum(node.gpus for node in nodes))
+
+
+def _require_group(job: Job, own: int, gpus: float) -> None:
+    """EngineError for a training in more processes than the run's `own` GPUs that cannot be the cluster's."""
+    training = params.section("training", resolved(job).get("training"))
+    if not training.processes or training.processes <= max(1, own) or not gpus:
+        return
+    if own:
+        raise EngineError(
+            f"{job.name} asks for {own} GPU(s) and trains in {training.processes} processes: set resources.gpus to "
+            f"{training.processes} for one machine, or to 0, and the processes get GPUs all over the cluster"
+        )
+    if training.processes > gpus:
+        raise EngineError(
+            f"{job.name} trains in {training.processes} processes, and the cluster has {gpus:g} GPU(s): lower "
+            "training.processes and raise training.gradient_accumulation by as much"
+        )
 
 
 def _require_sight(ray: Any, jobs: Sequence[Job]) -> None:
@@ -250,8 +268,10 @@ def _task(words: Mapping[str, Any], *before: bool) -> bool:
     """In a worker: runs a job once those before it are done; says whether it ran."""
     import ray
 
-    gpus = ", ".join(map(str, ray.get_gpu_ids())) or "none"
-    return work(**words, place=f"node {ray.get_runtime_context().get_node_id()[:8]}, GPUs {gpus}")
+    here, gpus = ray.get_runtime_context(), list(map(str, ray.get_gpu_ids()))
+    os.environ[cluster.ADDRESS] = here.gcs_address
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)  # none, where it asked for none
+    return work(**words, place=f"node {here.get_node_id()[:8]}, GPUs {', '.join(gpus) or 'none'}")
 
 
 def _reason(error: Exception) -> str:

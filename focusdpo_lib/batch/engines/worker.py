@@ -5,15 +5,13 @@ The log of each lies at <folder of the notebooks>/logs/<job>.log.
 
 import os
 import platform
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from focusdpo_lib import runs
 from focusdpo_lib.batch.jobs import Job, execute, resolved
+from focusdpo_lib.cluster import redirected
 
 STARTED = "started on "  # how a log's line begins that says where a job runs
 
@@ -46,7 +44,7 @@ def work(job: Job, settings: str, cwd: str, log: Path, warm: bool, place: str) -
     """Runs a job, its output into its log; says whether it ran. EngineError where the settings are not those of whoever
     started it: this machine sees other files."""
     os.chdir(cwd)
-    with _into(log):
+    with redirected(log):
         print(f"{STARTED}{platform.node()} ({place})", flush=True)
         if _settings(job) != settings:
             what = job.params or "its settings"
@@ -62,19 +60,3 @@ def work(job: Job, settings: str, cwd: str, log: Path, warm: bool, place: str) -
 
 def _settings(job: Job) -> str:
     return runs.digest(runs.plain(resolved(job)))
-
-
-@contextmanager
-def _into(log: Path) -> Iterator[None]:
-    """What this process and its children print goes to the end of a file."""
-    kept = [os.dup(1), os.dup(2)]
-    with open(log, "ab") as file:
-        try:
-            for stream in (1, 2):
-                os.dup2(file.fileno(), stream)
-            yield
-        finally:
-            sys.stdout.flush()
-            for stream, old in zip((1, 2), kept, strict=True):
-                os.dup2(old, stream)
-                os.close(old)
