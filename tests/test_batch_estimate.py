@@ -71,12 +71,18 @@ def test_a_plan_is_estimated_for_this_machine_and_says_so(monkeypatch, tmp_path)
         and machine == "this machine (a machine: 20 s of imports once, a step up to 2.40 s)"
     )
     minutes = {job.name: job.minutes for job in found}
-    steps = {"uno_dpo": 300 * 12 * 0.1, "uno_sft": 100 * 12 * 0.1 / 3}
+    steps = {"uno_dpo": 200 * 12 * 0.1, "uno_sft": 100 * 12 * 0.1 / 3}
     slower = 20 / cost["rest"]["start"]
     for name, seconds in steps.items():
         other = 16 * 20 * 0.01 + cost["rest"][f"03_{name}"] * slower
         assert minutes[f"03_{name}-seed0"] == pytest.approx((seconds + other) / 60)
     said = reproduce.announcement(found, cost, machine)
     assert said.startswith(f"9 notebook runs: about {reproduce.span(sum(minutes.values()))} and ")
+    monkeypatch.setattr(reproduce, "is_complete", lambda job: job.name != "03_uno_sft-seed0")
+    found, _ = reproduce.estimated([*jobs, *reproduce.plan(TOYBOX, tmp_path, BOOKS, families=["ipap"])], cost)
+    assert asked[1:] == [{"flux_uno": "auto"}], "of what is complete nothing is looked at"
+    assert [(job.name, job.minutes) for job in found if job.minutes] == [
+        ("03_uno_sft-seed0", minutes["03_uno_sft-seed0"])
+    ]
     assert reproduce.estimated(jobs, {"machine": "another"}) == (jobs, "another"), "minutes as they are written"
     assert reproduce.estimated([], cost) == ([], cost["machine"]), "nothing left to run, nothing to look at"

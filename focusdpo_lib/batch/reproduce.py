@@ -23,7 +23,7 @@ from focusdpo_lib.batch import estimate, notebooks
 from focusdpo_lib.batch.cli import add_engine, add_overrides, chosen_overrides, engine_options
 from focusdpo_lib.batch.engines import run_all
 from focusdpo_lib.batch.engines.said import span
-from focusdpo_lib.batch.jobs import RESOURCES, Job, resolved
+from focusdpo_lib.batch.jobs import RESOURCES, Job, is_complete, resolved
 from focusdpo_lib.evaluation.rows import FAMILIES, ROWS, family
 from focusdpo_lib.params import ParameterError
 
@@ -193,18 +193,18 @@ def estimated(jobs: Sequence[Job], cost: Mapping[str, Any]) -> tuple[list[Job], 
     rest, todo = cost.get("rest"), _to_run(jobs)
     if rest is None or not todo:
         return list(jobs), cost["machine"]
-    values = {job.name: notebooks.parameters(job.notebook) | resolved(job) for job in jobs}
+    values = {job.name: notebooks.parameters(job.notebook) | resolved(job) for job in todo}
     print("looking at how fast this machine is …", flush=True)
     used = {name: precision for job in todo for name, precision in estimate.families(values[job.name]).items()}
     pace = estimate.probe(used)
-    minutes = {job.name: estimate.seconds(values[job.name], pace, rest, job.params.stem) / 60 for job in jobs}
+    minutes = {job.name: estimate.seconds(values[job.name], pace, rest, job.params.stem) / 60 for job in todo}
     step = estimate.PAIRS * max(pace.pair.values(), default=0)
     where = f"this machine ({pace.device}: {pace.start:.0f} s of imports once, a step up to {step:.2f} s)"
-    return [replace(job, minutes=minutes[job.name]) for job in jobs], where
+    return [replace(job, minutes=minutes.get(job.name, 0.0)) for job in jobs], where  # of what is complete: none
 
 
 def _to_run(jobs: Sequence[Job]) -> list[Job]:
-    return [job for job in jobs if not all(map(runs.is_complete, [job.folder, *job.products]))]
+    return [job for job in jobs if not is_complete(job)]
 
 
 def announcement(jobs: Sequence[Job], cost: Mapping[str, Any], machine: str) -> str:
