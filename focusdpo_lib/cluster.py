@@ -80,18 +80,17 @@ def train(worker: Callable[[], None], processes: int, folder: Path) -> None:
     meanwhile. A group that loses a worker or a node is started again. Raises what a worker raised, or RunError where
     the group was lost too often.
     """
-    _joined()
-    import torch
+    ray = _joined()
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    backend = "nccl" if torch.distributed.is_nccl_available() else "gloo"
+    real = ray.get(ray.remote(num_gpus=1, num_cpus=0)(_sees_a_gpu).remote())  # and no pretend one
     with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=Path(folder).absolute()) as meanwhile:
         said = Path(meanwhile) / ERROR
         trainer = TorchTrainer(
             _in_group,
             train_loop_config={"worker": worker, "meanwhile": meanwhile, "cwd": os.getcwd()},
-            torch_config=TorchConfig(backend=backend),
+            torch_config=TorchConfig(backend="nccl" if real else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=processes, use_gpu=True, resources_per_worker={"CPU": 0, "GPU": 1}
             ),
@@ -103,11 +102,17 @@ def train(worker: Callable[[], None], processes: int, folder: Path) -> None:
         except TrainingFailedError as error:
             if said.exists():
                 raise pickle.loads(said.read_bytes()) from None
-            reason = " ".join(str(error).split())[:300]
+            reason = [line.strip() for line in str(error).splitlines() if line.strip(" ^~")][-1][:300]
             raise RunError(
                 f"the training over {processes} GPUs was lost {RETRIES + 1} times ({reason}): look at the machines, "
                 "and run again; it goes on from its checkpoint"
             ) from error
+
+
+def _sees_a_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _in_group(config: dict[str, Any]) -> None:

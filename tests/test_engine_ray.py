@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,28 @@ time.sleep(seconds)
 record = {"gpus": os.environ.get("CUDA_VISIBLE_DEVICES", ""), "begun": begun, "ended": time.time(), "pid": os.getpid()}
 pathlib.Path(f"{name}.json").write_text(json.dumps(record))"""
 FAILS = "raise ValueError('of itself')"
+# Four shards, more than the run's own GPUs, of which it has none.
+SHARDS = """import os
+from pathlib import Path
+from tiny_work import OnGpu
+from focusdpo_lib import workers
+assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+Path(name).mkdir()
+workers.run(OnGpu(Path(name).absolute(), kills=seconds > 0), Path(name), 4, "items", "item")"""
+# A training of two processes; `name` is the folder of its results, beside that of the model.
+TRAINING = """import os
+from pathlib import Path
+import torch
+from tiny_training import TRAINING
+from focusdpo_lib import params, stages
+results = Path(name)
+torch.set_num_threads(1)
+settings = TRAINING | {"steps": 12, "checkpoint_every": 2, "processes": 2}
+folder = stages.train_adapter(
+    results, "run", stages.build_pairs(results, "main", params.Dip(train_pairs=16, validation_pairs=1)),
+    params.Backbone(model=str(results.parent / "model"), precision="float32"), params.Objective(), params.Masks(),
+    params.section("training", settings),
+)"""
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +58,7 @@ def cluster():
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # of the modules of these tests
         made = on_ray.patiently(lambda: Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "num_gpus": 0}))
         for _ in range(2):
             on_ray.patiently(lambda: made.add_node(num_cpus=1, num_gpus=2, memory=4_000_000_000))
@@ -253,3 +277,59 @@ sys.exit(run_all([job(Path(sys.argv[1]), "a")], "ray"))"""
     addresses = re.findall(r"'([0-9A-F]+):[0-9A-F]{4}'", found.stdout)
     assert len(addresses) >= 4
     assert set(addresses) <= {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_more_shards_than_a_run_has_gpus_run_all_over_the_cluster(cluster, tmp_path, dies):
+    """Four shards of a run without a GPU: on the two GPUs of each of two machines, one on each at a time."""
+    made = Job(book(tmp_path, SHARDS), tmp_path / "out/a", overrides={"name": "a", "seconds": float(dies)})
+    assert run_all([made], "ray") == 0, worker.log_of(made).read_text()
+    found = [json.loads((tmp_path / f"a/{k}.json").read_text()) for k in range(4)]
+    assert [record["of"] for record in found] == [4] * 4
+    assert {record["gpus"] for record in found} == {"0", "1"}
+    assert len({record["node"] for record in found}) == 2
+    for record in found:
+        others = [o for o in found if o is not record and (o["node"], o["gpus"]) == (record["node"], record["gpus"])]
+        assert all(other["begun"] > record["ended"] or other["ended"] < record["begun"] for other in others)
+
+
+def test_a_training_over_the_cluster_is_that_of_one_machine_to_the_bit(cluster, tiny_flux, tmp_path, monkeypatch):
+    """By Ray Train, on GPUs of which the run has none of its own, against accelerate's launcher."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    shutil.copytree(tiny_flux, tmp_path / "model")
+    over = {"name": str(tmp_path / "ray"), "seconds": 0.0}
+    made = Job(book(tmp_path, TRAINING), tmp_path / "out/a", overrides=over)
+    assert run_all([made], "ray") == 0, worker.log_of(made).read_text()
+    page = (tmp_path / "out/a/a.html").read_text()
+    assert "12/12" in page, "the first process's bar is shown"
+    exec(TRAINING, {"name": str(tmp_path / "local")})
+    ours, theirs = tmp_path / "ray/training/run", tmp_path / "local/training/run"
+    for file in ("steps.csv", "adapter/pytorch_lora_weights.safetensors"):
+        assert (ours / file).read_bytes() == (theirs / file).read_bytes()
+    left = {path.name for path in theirs.iterdir()} ^ {path.name for path in ours.iterdir()}
+    assert left == {"accelerate.yaml"}, "accelerate's own settings; Ray Train leaves nothing"
+
+
+def test_what_a_training_over_the_cluster_raises_is_its_sentence(cluster, tiny_flux, tmp_path, capsys):
+    shutil.copytree(tiny_flux, tmp_path / "model")
+    body = TRAINING.replace('"steps": 12', '"steps": 12, "learning_rate": 1e30')
+    over = {"name": str(tmp_path / "ray"), "seconds": 0.0}
+    made = Job(book(tmp_path, body), tmp_path / "out/a", overrides=over)
+    assert run_all([made], "ray") == 1
+    assert "TrainingError: " in capsys.readouterr().out
+
+
+def test_a_training_that_the_cluster_cannot_hold_is_refused(cluster, tmp_path, capsys):
+    body = "pass"
+    cells = [
+        nbformat.v4.new_code_cell("training = {}", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(body),
+    ]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "b.ipynb")
+    for gpus, processes, says in (
+        (0, 5, "trains in 5 processes, and the cluster has 4 GPU(s): lower training.processes"),
+        (1, 2, "asks for 1 GPU(s) and trains in 2 processes: set resources.gpus to 2 for one machine, or to 0, and"),
+    ):
+        over = {"training.processes": processes, "resources.gpus": gpus}
+        assert run_all([Job(tmp_path / "b.ipynb", tmp_path / "out/a", overrides=over)], "ray") == 1
+        assert says in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Work for several processes that takes no time: they import this file and nothing heavy."""
 
+import json
 import os
 import signal
 import time
@@ -59,3 +60,26 @@ class Sleeping:
         partial.write_text(str(os.getpid()))
         partial.rename(Path(self.folder) / f"at-{shard[0]}")
         time.sleep(600)
+
+
+@dataclass(frozen=True)
+class OnGpu:
+    """Work that says where it is done and when; told to, one shard kills its process the first time."""
+
+    folder: Path
+    kills: bool = False
+
+    def __call__(self, shard, progress):
+        progress.expects(1)
+        progress.begins(f"shard {shard[0]}")
+        if self.kills and shard[0] == 1 and not (self.folder / "died").exists():
+            (self.folder / "died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        begun = time.time()
+        time.sleep(2)
+        import ray
+
+        place = {"node": ray.get_runtime_context().get_node_id(), "gpus": os.environ["CUDA_VISIBLE_DEVICES"]}
+        record = place | {"begun": begun, "ended": time.time(), "of": shard[1]}
+        (self.folder / f"{shard[0]}.json").write_text(json.dumps(record))
+        progress.done(1)
