@@ -236,8 +236,9 @@ class Evaluation(Section):
 
 class Benchmark(Section):
     folder: Place = "toybox"  # in DreamBench's layout; "toybox" is written under the results, attributes known
-    single: Place | None = None  # the list of its one-subject cases, in UNO's format; none: its own cases_single.json
-    multi: Place | None = None  # of its two-subject cases; none: its own cases_multi.json
+    single: Place | None = None  # the list of its one-subject cases, in UNO's format; uno: UNO's own, built from the
+    # dataset's prompts; none: its own cases_single.json
+    multi: Place | None = None  # of its two-subject cases; uno: as there; none: its own cases_multi.json
 
 
 class Adapters(Section):

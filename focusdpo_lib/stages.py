@@ -6,6 +6,7 @@ Folders lie at `results/<stage>/<run>`. A stage whose run is complete returns at
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -363,7 +364,8 @@ def generate_images(
         if not job.complete:
             with job:
                 work = _Sampling(job.folder, shown, backbone, generation, adapter)
-                workers.run(work, job.folder, processes, "images", "image")
+                batches = math.ceil(len(benchmark.cases) * generation.images_per_prompt / generation.batch_size)
+                workers.run(work, job.folder, min(processes, batches), "images", "image")  # each loads the model
     return job.folder
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from focusdpo_lib.evaluation import uno_cases
 from focusdpo_lib.evaluation.benchmark import (
     ATTRIBUTES,
     Benchmark,
@@ -75,6 +76,45 @@ def test_dreambench_pairs_and_the_six_that_share_a_class_word():
         *("poop_emoji+rc_car", "cat2+cat", "dog+dog2", "dog3+dog5", "dog6+dog7", "dog7+dog8")
     }
     assert sum(case.unit in benchmark.same_class_units for case in benchmark.cases) == 150
+
+
+@needs_data
+@pytest.mark.parametrize("kind", ["single", "multi"])
+def test_uno_s_cases_built_from_the_prompts_are_its_lists(kind):
+    built = Benchmark.load(DATA / "dreambench", kind, "uno")
+    for mine, listed in zip(built.cases, dreambench(kind).cases, strict=True):
+        assert mine == listed
+    assert built.hash == dreambench(kind).hash
+
+
+def test_uno_s_prompts_of_two_subjects_follow_its_rules():
+    classes = {"dog7": "dog", "rc_car": "toy", "berry_bowl": "bowl", "can": "can"}
+    prompts = {
+        "object": ["a {0} {1} in the snow", "a {0} {1} floating on top of water", "a red {0} {1}"],
+        "live": ["a {0} {1} in the snow", "a {0} {1} wearing a red hat", "a red {0} {1}"],
+    }
+    every = dict.fromkeys(uno_cases.PHOTO, "cup") | classes
+    found = {tuple(e["image_paths"]): [] for e in uno_cases.entries("multi", every, prompts)}
+    for entry in uno_cases.entries("multi", every, prompts):
+        found[tuple(entry["image_paths"])].append(entry["prompt"])
+    assert found["berry_bowl/02.jpg", "can/01.jpg"] == [
+        "a bowl and a can in the snow",
+        "a bowl and a can floating on top of water",
+        "a red bowl and a red can",
+    ]
+    assert found["dog7/01.jpg", "rc_car/03.jpg"] == [
+        "a dog and a toy in the snow",
+        "a dog wearing a red hat, next to it is a toy",
+        "a red dog, next to it is a toy",
+    ]
+    assert len(found) == 30
+
+
+def test_uno_s_cases_need_its_subjects(folder):
+    with pytest.raises(
+        BenchmarkError, match=r"lacks backpack, backpack_dog, .* of UNO's cases: fetch the whole dataset"
+    ):
+        Benchmark.load(folder, "single", "uno")
 
 
 # --- what a benchmark is identified by ---

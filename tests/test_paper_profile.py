@@ -92,6 +92,7 @@ def test_the_paper_s_training_runs_with_a_tiny_model_in_child_processes(home, tm
         "dip.folder": str(home / "pairs"),
         "benchmark": {"folder": str(home / "benchmark")},
         "training.processes": 1,
+        "workers.processes": 2,
         "training.gradient_accumulation": 2,
         "training.steps": 2,
         "training.lora": {"rank": 2},

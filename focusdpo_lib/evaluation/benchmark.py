@@ -18,7 +18,7 @@ from pathlib import Path
 from PIL import Image
 
 from focusdpo_lib import pictures
-from focusdpo_lib.evaluation import wording
+from focusdpo_lib.evaluation import uno_cases, wording
 
 KINDS = {"single": 1, "multi": 2}  # references a case
 HEADER = "subject_name,class"
@@ -64,7 +64,8 @@ class Benchmark:
 
     @classmethod
     def load(cls, folder: str | Path, kind: str, cases: str | Path | None = None) -> "Benchmark":
-        """Reads and checks a benchmark; `cases` is a list in UNO's format (none: the folder's own cases_<kind>.json).
+        """Reads and checks a benchmark; `cases` is a list in UNO's format (none: the folder's own cases_<kind>.json;
+        "uno": UNO's own, built from the dataset's prompts).
 
         Raises BenchmarkError for a missing or corrupt photo, an unknown subject, or references that do not match
         the subjects named in the prompt.
@@ -82,8 +83,15 @@ class Benchmark:
             n: _subject(places.get(n, folder / "dataset" / n), n, c, attributes.get(n)) for n, c in classes.items()
         }
         photo_hash = _photo_hash(subjects.values())
-        path = Path(cases) if cases else folder / f"cases_{kind}.json"
-        return cls(folder, kind, subjects, _cases(_read_json(path), subjects, kind, path), prompts, photo_hash)
+        if cases == uno_cases.NAME:
+            path = Path(f"UNO's {kind} cases of {folder}")
+            if gone := uno_cases.missing(classes):
+                raise BenchmarkError(f"{folder} lacks {', '.join(gone)} of UNO's cases: fetch the whole dataset")
+            entries = uno_cases.entries(kind, classes, prompts)
+        else:
+            path = Path(cases) if cases else folder / f"cases_{kind}.json"
+            entries = _read_json(path)
+        return cls(folder, kind, subjects, _cases(entries, subjects, kind, path), prompts, photo_hash)
 
     @property
     def hash(self) -> str:
