@@ -127,6 +127,7 @@ SIZES = {
     ("flux", "full"): FLUX,
     ("flux", "small"): small(FLUX, SMALL_FLUX, (16, 16, 16), {1: (16, 16, 16), 2: (16, 10, 10)}),
     ("sdxl", "full"): SDXL,
+    ("sdxl", "sampled"): replace(SDXL, latents=(4, 128, 128)),  # Table 1 has images of 1024² pixels
     ("sdxl", "small"): small(SDXL, SMALL_SDXL, (4, 16, 16), {1: (16, 64), 2: (16, 64)}, (4, 8, 8)),
 }
 WEIGHTS = ("bfloat16", "nf4", "int8")

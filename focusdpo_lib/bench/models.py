@@ -24,7 +24,8 @@ from focusdpo_lib.training.pairs import PreparedPairs, prepare
 IP_ADAPTER = "ip_adapter"  # its folder in that of the model
 # IP-Adapter-Plus: the widths of its resampler and of the image encoder's hidden layers, of which no step uses one.
 SHIPPED = {"toybox": "flux_uno", "toybox_ipap": "sdxl_ip"}
-RESAMPLER = {"full": {"hidden": 1280, "width": 1280, "layers": 1}, "small": {}}
+PLUS = {"hidden": 1280, "width": 1280, "layers": 1}
+RESAMPLER = {"full": PLUS, "sampled": PLUS, "small": {}}
 
 
 @contextmanager
