@@ -98,6 +98,33 @@ def test_the_command_says_hours_memory_disk_ends_and_what_is_assumed(tmp_path, c
     assert capsys.readouterr().err.startswith("no plan: ")
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--gpus 0", "argument --gpus: 0 is no count: give a whole number, at least 1"),
+        ("--each -2", "argument --each: -2 is no count"),
+        ("--share 0", "argument --share: 0 is no share: give a number above 0, at most 1"),
+        ("--share nan", "nan is no share"),
+        ("--share half", "argument --share: half is no share"),
+        ("--start inf", "inf are no minutes: give 0 or more"),
+        ("--pairs 1e4", "1e4 is no count"),
+    ],
+)
+def test_what_is_no_assumption_is_said_in_one_line(words, says, capsys):
+    with pytest.raises(SystemExit):
+        plan.main(words.split())
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["flux_uno: {step: 3}", "score: 1.0", "flux_uno: 1", "[1]", ""])
+def test_counts_that_are_not_all_there_are_named(text, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    shutil.copytree("params/paper", tmp_path / "paper")
+    (tmp_path / "paper" / plan.OPERATIONS).write_text(text)
+    assert plan.main(["--params", str(tmp_path)]) == 1
+    assert re.fullmatch(r"no plan: .*operations\.yaml .*\n", capsys.readouterr().err)
+
+
 def test_a_forward_counted_alone_is_the_bench_s(tmp_path):
     for model in ("flux", "sdxl"):
         case = Case(model, "small", 1, False, "bfloat16")

@@ -220,15 +220,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m focusdpo_lib.batch.plan", description=__doc__.splitlines()[0])
     parser.add_argument("--profile", default="paper", help="a folder of params/")
-    parser.add_argument("--seeds", type=int, default=1, help="training seeds of every objective")
+    parser.add_argument("--seeds", type=_count, default=1, help="training seeds of every objective")
     of = {"nargs": "+", "choices": FAMILIES, "default": list(FAMILIES)}
     parser.add_argument("--families", **of, help="train and show these alone")
     parser.add_argument("--gpu", default="h200", choices=CARDS)
-    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64, 512], help="how many")
-    parser.add_argument("--each", type=int, default=8, help="GPUs of a machine")
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="without counted operations: processes")
+    parser.add_argument("--gpus", type=_count, nargs="+", default=[1, 8, 64, 512], help="how many")
+    parser.add_argument("--each", type=_count, default=8, help="GPUs of a machine")
+    parser.add_argument(
+        "--workers", type=_count, nargs="+", default=[1, 2], help="without counted operations: processes"
+    )
     for name, value in vars(Assumed()).items():
-        parser.add_argument(f"--{name}", type=type(value), default=value, help=f"assumed: {value}")
+        kind = {"share": _share, "start": _minutes}.get(name, _count)
+        parser.add_argument(f"--{name}", type=kind, default=value, help=f"assumed: {value}")
     parser.add_argument("--params", type=Path, default=Path("params"))
     parser.add_argument("--results", type=runs.home, default=Path("results"))
     parser.add_argument("--notebooks", type=Path, default=Path("notebooks"))
@@ -240,13 +243,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
         jobs = jobs_of(profile, results, given.notebooks, given.seeds, over, given.families)
         if (profile / OPERATIONS).exists():
             assumed = Assumed(**{name: getattr(given, name) for name in vars(Assumed())})
-            print(at_paper_scale(jobs, params.read_yaml(profile / OPERATIONS), assumed, given))
+            print(at_paper_scale(jobs, _units(profile / OPERATIONS), assumed, given))
         else:
             print(here(*estimated(jobs, costs(profile)), given.workers))
     except (ParameterError, runs.RunError) as error:
         print(f"no plan: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _units(path: Path) -> dict[str, Any]:
+    """The counted operations. ParameterError for a file that is not of that form."""
+    units = params.read_yaml(path)
+    try:
+        for of in (units[name] for name in FAMILY.values()):
+            numbers = [of["decode"], of["peak_bytes"], of["prepared_bytes"], units["score"]]
+            numbers += [of[what][number] for what in ("evaluation", "prepare") for number in NUMBERS]
+            numbers += [of["step"][number][name] for number in NUMBERS for name in ("sft", "dpo", "focusdpo")]
+            sum(numbers)
+    except (KeyError, TypeError) as error:
+        raise ParameterError(
+            f"{path} lacks counts ({error}): write it again with python -m focusdpo_lib.bench.units {path}"
+        ) from None
+    return units
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no count: give a whole number, at least 1")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    if not 0 < (value := _number(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share: give a number above 0, at most 1")
+    return value
+
+
+def _minutes(text: str) -> float:
+    if not 0 <= (value := _number(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} are no minutes: give 0 or more")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
 
 
 if __name__ == "__main__":
