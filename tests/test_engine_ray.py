@@ -260,7 +260,10 @@ def test_a_start_that_was_too_slow_is_tried_again_and_another_failure_is_not(tmp
 
 def test_a_ray_of_its_own_listens_on_this_machine_alone_and_runs_the_jobs(tmp_path):
     """In a process without RAY_ADDRESS; the sockets of all its processes, as the system lists them."""
-    code = """from test_engine_ray import *
+    code = """import subprocess, sys
+from pathlib import Path
+from focusdpo_lib.batch import Job, run_all
+from focusdpo_lib.batch.engines import on_ray
 def listening():
     found = subprocess.run(["cat", "/proc/net/tcp", "/proc/net/tcp6"], capture_output=True, text=True).stdout
     rows = [line.split() for line in found.splitlines() if ":" in line and line.split()[3] == "0A"]
@@ -268,10 +271,10 @@ def listening():
 before = listening()
 original = on_ray._require_room
 on_ray._require_room = lambda *words: (print("new", set(listening().items()) - set(before.items())), original(*words))
-sys.exit(run_all([job(Path(sys.argv[1]), "a")], "ray"))"""
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+sys.exit(run_all([Job(Path(sys.argv[1]), Path(sys.argv[2]) / "out/a", overrides={"name": "a"})], "ray"))"""
+    path = os.pathsep.join(sys.path)
     environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", on_ray.CLUSTERS)}
-    words = [sys.executable, "-c", code, str(tmp_path)]
+    words = [sys.executable, "-c", code, str(book(tmp_path)), str(tmp_path)]  # Ray looks at import whether to listen
     found = subprocess.run(words, env={**environment, "PYTHONPATH": path}, capture_output=True, text=True)
     assert found.returncode == 0 and "[1/1] a: done in" in found.stdout, found.stdout + found.stderr
     addresses = re.findall(r"'([0-9A-F]+):[0-9A-F]{4}'", found.stdout)

@@ -251,27 +251,35 @@ def keep_reference(results: Path, reference: Path, jobs: Sequence[Job]) -> Path:
                 shutil.copy(job.folder / f"{job.name}.html", kept / "notebooks")
         for gallery in results.glob(f"masks/*/{MOVEMENT}"):
             shutil.copy(gallery, kept)
-        (kept / TOOK).write_text(_what_it_took([job.folder for job in jobs]), encoding="utf-8")
+        (kept / TOOK).write_text(_what_it_took(jobs), encoding="utf-8")
     return reference
 
 
-def _what_it_took(folders: Sequence[Path]) -> str:
-    """Machine, minutes and memory of executed notebooks, as Markdown."""
-    facts = {f.name: json.loads((f / runs.PROVENANCE).read_text(encoding="utf-8")) for f in folders}
+def _what_it_took(jobs: Sequence[Job]) -> str:
+    """Machine and minutes of executed notebooks, and the memory of trainings, as Markdown.
+
+    A kernel is no child of whoever runs its notebook (`warm`), so that only a run within it knows what it takes.
+    """
+    facts = {job.name: _facts(job.folder) for job in jobs}
+    peak = max((_facts(folder)["peak_memory_bytes"] for job in jobs for folder in job.products), default=0)
     last = max(facts.values(), key=lambda run: run["started"])
     commit = last["git"]["commit"][:12] if last["git"] else "unknown"
     lines = [
         f"# A run of `make reproduce`: {len(facts)} notebook runs",
         "",
         f"Commit {commit}, torch {last['packages']['torch']}, {last['device']}.",
-        f"{sum(f['wall_seconds'] for f in facts.values()) / 60:.0f} minutes in all, at most "
-        f"{max(f['peak_memory_bytes'] for f in facts.values()) / 1e9:.1f} GB of memory.",
+        f"{sum(f['wall_seconds'] for f in facts.values()) / 60:.0f} minutes in all"
+        + (f"; a training took at most {peak / 1e9:.1f} GB of memory." if peak else "."),
         "",
         "| run | minutes |",
         "|---|---|",
         *(f"| {name} | {facts[name]['wall_seconds'] / 60:.1f} |" for name in sorted(facts)),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / runs.PROVENANCE).read_text(encoding="utf-8"))
 
 
 def reproduce(
