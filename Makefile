@@ -49,12 +49,12 @@ pytest := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(python) -m pytest -q
 workers := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: lint ## Lint and test (within 10 minutes; downloads nothing but the packages)
-	$(pytest) $(workers) --ignore $(alone)
+	$(pytest) $(workers) $(alone:%=--ignore %)
 
 # Ray gives up a node that takes 30 seconds to start, which it may where anything runs beside it.
-alone := tests/test_engine_ray.py
+alone := tests/test_engine_ray.py tests/test_faults.py
 
-test-ray: $(ready) ## Test the engine ray on a cluster of pretend GPUs (minutes, on a machine that does nothing else)
+test-ray: $(ready) ## Test the engine ray on a cluster of pretend GPUs, and faults (long; on a machine that does nothing else)
 	$(pytest) $(alone)
 
 # What computes, as on other processors: older instruction sets, bfloat16 arithmetic of their own or none.

@@ -1,5 +1,6 @@
 """Work for several processes that takes no time: they import this file and nothing heavy."""
 
+import errno
 import json
 import os
 import signal
@@ -7,7 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from focusdpo_lib.runs import RunError
+from focusdpo_lib.runs import RunError, atomic
 
 
 @dataclass(frozen=True)
@@ -83,3 +84,26 @@ class OnGpu:
         record = place | {"begun": begun, "ended": time.time(), "of": shard[1]}
         (self.folder / f"{shard[0]}.json").write_text(json.dumps(record))
         progress.done(1)
+
+
+@dataclass(frozen=True)
+class Steady:
+    """Work on items, each a file of its own that takes `pause` seconds; at `full` the disk has no room, once."""
+
+    folder: Path
+    items: int = 30
+    pause: float = 0.05
+    full: int | None = None
+
+    def __call__(self, shard, progress):
+        todo = [i for i in range(shard[0], self.items, shard[1]) if not (self.folder / f"{i}.txt").exists()]
+        progress.expects(len(todo))
+        for i in todo:
+            progress.begins(f"item {i}")
+            time.sleep(self.pause)
+            with atomic(self.folder / f"{i}.txt") as partial:
+                partial.write_text(f"{i} " * 1000)
+                if i == self.full and not (self.folder / "was full").exists():
+                    (self.folder / "was full").touch()
+                    raise OSError(errno.ENOSPC, "No space left on device")
+            progress.done(1)

@@ -13,10 +13,12 @@ from tempfile import TemporaryDirectory
 
 import diffusers
 import numpy as np
+import open_clip
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from platformdirs import user_cache_path
+from transformers import ViTModel
 
 from focusdpo_lib import backbones, params, provenance
 from focusdpo_lib.evaluation.benchmark import KINDS, Benchmark
@@ -169,6 +171,27 @@ def measure_generator(
     return numbers
 
 
+def measure(out: Path, work: Path, device: str = "cpu", only: Sequence[str] = MODELS) -> Path:
+    """Measures the models in `out` on today's held-out identities, training none, and writes their card anew."""
+    card, _ = _read(out)
+    reader = Reader.from_pretrained(out / "reader", local_files_only=True).to(device).eval()
+    for name in only:
+        if name in GUIDANCE:
+            work.mkdir(parents=True, exist_ok=True)
+            card["numbers"][name] = measure_generator(name, out, reader, work, device=device)
+        else:
+            model, by = {
+                "autoencoder": (lambda: AutoencoderKL.from_pretrained(out / "flux_uno/vae"), measure_autoencoder),
+                "reader": (lambda: reader, measure_reader),
+                "dino": (lambda: ViTModel.from_pretrained(out / "dino", add_pooling_layer=False), measure_dino),
+                "clip": (lambda: open_clip.create_model(f"local-dir:{out / 'clip'}"), measure_clip),
+            }[name]
+            card["numbers"][name] = by(model().to(device).eval())
+    write_json(out / CARD, card)
+    write_card(out)
+    return out
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m focusdpo_lib.toybox.recipe", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=params.SHIPPED, help="where the weights go (default: the package)")
@@ -182,8 +205,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=MODELS, default=MODELS, help="the others are taken from --out")
     parser.add_argument("--scale", type=float, default=1.0, help="shortens every stage; 0.001 tries the recipe out")
+    parser.add_argument("--measure", action="store_true", help="train nothing: measure what is in --out, and its card")
     chosen = parser.parse_args(arguments)
     diffusers.utils.logging.set_verbosity_error()  # it warns that float16 does not compute on a CPU; we only save it
+    if chosen.measure:
+        print(measure(chosen.out, chosen.work, chosen.device, chosen.only))
+        return
     print(run(chosen.out, chosen.work, chosen.device, chosen.seed, chosen.scale, chosen.only))
 
 
