@@ -263,3 +263,14 @@ def test_time_left_follows_the_pace_so_far():
 
 def test_durations_are_short_to_read():
     assert [said.span(m) for m in (0.25, 1.5, 12.4)] == ["15 s", "1 min 30 s", "12 min"]
+
+
+def test_an_error_that_is_no_sentence_is_said_with_its_kind_and_place(tmp_path, monkeypatch, capsys):
+    def fails(job, warm):
+        raise KeyError("sdxl_ip")
+
+    monkeypatch.setattr(on_local, "execute", fails)
+    assert on_local.run_all([Job(tmp_path / "a.ipynb", tmp_path / "a")]) == 1
+    shown = capsys.readouterr()
+    assert "a: FAILED. KeyError: 'sdxl_ip' (a fault of the kit; where, is said above)" in shown.out
+    assert "in fails" in shown.err

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 
-from focusdpo_lib.batch.engines.said import say, span, time_left
+from focusdpo_lib.batch.engines.said import say, span, time_left, told
 from focusdpo_lib.batch.jobs import Job, execute
 
 TRUSTED = 2.0  # minutes: a first short job that takes longer than expected says little of the others
@@ -28,9 +28,9 @@ def run_all(jobs: Sequence[Job]) -> int:
         except KeyboardInterrupt:
             say(f"{label} interrupted: run the same command again to go on; what is complete is kept")
             return 130
-        except Exception as error:  # one sentence each; the other jobs go on
+        except Exception as error:  # the other jobs go on
             failed.add(job.name)
-            say(f"{label} FAILED. {error}")
+            say(f"{label} FAILED. {told(error)}")
             continue
         taken = (time.monotonic() - start) / 60
         pace += [(job.minutes, taken)] if ran else []

@@ -1,11 +1,20 @@
 """What an engine says: a line a job and state, with the time left."""
 
+import traceback
 from collections.abc import Sequence
 
 
 def say(text: str) -> None:
     """At once, also into a pipe."""
     print(text, flush=True)
+
+
+def told(error: Exception) -> str:
+    """What ended a job: the kit's own errors are sentences; of any other one, its kind, and where it was to stderr."""
+    if isinstance(error, ValueError | RuntimeError | OSError):
+        return str(error)
+    traceback.print_exception(error)
+    return f"{type(error).__name__}: {error} (a fault of the kit; where, is said above)"
 
 
 def time_left(minutes: float, pace: Sequence[tuple[float, float]]) -> str:
