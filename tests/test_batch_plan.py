@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,15 @@ def test_a_training_costs_its_steps_what_it_draws_and_the_errors_by_region(jobs)
     assert found.operations["grade"] == 100 * (12 * 3 + 15)
     patch = plan.cost(named(jobs, "03_ipap_patchdpo-seed0"), UNITS, ASSUMED)
     assert patch.operations["train"] == pytest.approx(2000 * 8 * 4 * 2 / 3)  # four forwards of a preference step's six
+
+
+def test_a_run_without_gpus_of_its_own_gets_one_for_each_process(jobs):
+    def wide(name, **over):
+        return plan.cost(replace(named(jobs, name), overrides={"resources.gpus": 0, **over}), UNITS, ASSUMED).width
+
+    assert wide("03_uno_dpo-seed0", **{"training.processes": 16}) == 16
+    assert wide("04_table1", **{"workers.processes": 24}) == 24
+    assert plan.cost(named(jobs, "02_masks"), UNITS, ASSUMED).width == 1
 
 
 def test_a_table_costs_every_row_s_images(jobs):

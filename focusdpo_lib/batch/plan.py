@@ -69,7 +69,7 @@ def cost(job: Job, units: Mapping[str, Any], assumed: Assumed) -> Cost:
     `units`: operations.yaml, as of `bench.units`.
     """
     values = notebooks.parameters(job.notebook) | resolved(job)
-    width = max(1, resources(job).gpus)
+    width = resources(job).gpus or _processes(values)  # none of its own: one for each process, from the cluster
     if "training" in values:
         return _training(values, units, assumed, width)
     if "families" in values:
@@ -78,6 +78,12 @@ def cost(job: Job, units: Mapping[str, Any], assumed: Assumed) -> Cost:
         looks = values["examples"] * len(values["timesteps"])
         return Cost({"grade": looks * sum(_mean(units[name]["evaluation"]) for name in FAMILY.values())}, width)
     return Cost({}, width)
+
+
+def _processes(values: Mapping[str, Any]) -> int:
+    """How many a run's heaviest stage has."""
+    training, shards = (params.section(name, values.get(name)).processes for name in ("training", "workers"))
+    return (training or 1) if "training" in values else shards
 
 
 def _training(values: Mapping[str, Any], units: Mapping[str, Any], assumed: Assumed, width: int) -> Cost:
@@ -192,7 +198,8 @@ def at_paper_scale(jobs: Sequence[Job], units: Mapping[str, Any], assumed: Assum
     facts = (
         f"Assumed, not measured: {assumed.share:.0%} of the {tera} · 10¹² operations a second of one {given.gpu}; "
         f"{assumed.pairs} train and {assumed.validation} validation pairs, half of them with two subjects; "
-        f"{assumed.cases} cases a table; {assumed.start:g} minutes of every run to load models."
+        f"{assumed.cases} cases a table; {assumed.start:g} minutes of every run to load models; no gradient "
+        "checkpointing, which computes a third more in a training."
     )
     return "\n".join(
         [
