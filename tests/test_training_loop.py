@@ -652,7 +652,10 @@ def test_bfloat16_lora_weights_would_not_move_at_the_paper_s_learning_rates():
         assert moved(torch.float32, lr) == pytest.approx(20 * lr, rel=0.05 if lr > 1e-6 else 0.5)
 
 
-def test_errors_by_region_are_those_of_a_plain_loop_and_equal_without_training(prepared, pairs, policy, tmp_path):
+def test_errors_by_region_are_those_of_a_plain_loop_and_equal_without_training(
+    prepared, pairs, policy, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(regions, "CELLS", 3 * 16**2)  # three pairs a batch
     table = measured(policy, pairs, tmp_path / "trained")
     noise = {c: torch.randn(p.win.shape, generator=torch.Generator().manual_seed(c)) for c, p in prepared.items()}
     totals, areas = 0.0, 0.0
