@@ -243,7 +243,7 @@ def test_a_file_in_another_encoding_is_named(folder):
 
 def test_what_lies_beside_the_photos_and_is_none_is_named(folder):
     (folder / "dataset" / "cat" / "06.heic").touch()
-    with pytest.warns(UserWarning, match=r"cat holds what counts as no photo: 06.heic"):
+    with pytest.warns(UserWarning, match=r"dataset holds what counts as no photo: cat/06.heic"):
         Benchmark.load(folder, "single")
 
 

@@ -1,6 +1,7 @@
 """Notebooks 00 to 02 run top to bottom under the smoke profile, and their figures are labelled."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -8,11 +9,13 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib import cbook
 from matplotlib.figure import Figure
 
 from focusdpo_lib import batch, params, plots, runs
 from focusdpo_lib.batch import Job, notebooks
 from focusdpo_lib.dip import toybox
+from focusdpo_lib.plots import style
 
 ROOT = Path(__file__).parents[1]
 BOOKS = {"00_start_here": "00_start_here", "01_dip": "01_dip_construction", "02_masks": "02_mask_derivation"}
@@ -118,6 +121,21 @@ def test_a_figure_is_returned_let_go_of_and_says_what_it_shows(name, tmp_path):
     words = [text.get_text() for text in figure.findobj(plt.Text)]
     assert any(words)
     figure.savefig(tmp_path / "figure.png")
+
+
+def test_a_pair_that_does_not_note_how_it_was_disturbed_is_drawn_with_what_its_loser_shows():
+    theirs = replace(PAIRS[0], disruption={}, disrupted_captions=("a green mug for $5, or $6",))
+    words = [text.get_text() for text in plots.pair_gallery([theirs]).findobj(plt.Text)]
+    assert "“a green mug for \\$5, or\n\\$6”" in words
+
+
+@pytest.mark.parametrize("words", ["a mug for $5, or $6", "$_{", "50 % of $", r"a\b $x$"])
+def test_texts_of_ones_own_reach_a_figure_letter_by_letter(words):
+    figure = plots.image_grid([PAIRS[0].win], [style.literal(words)])
+    figure.draw_without_rendering()  # mathematics that is none raises here
+    [title] = [text for text in figure.findobj(plt.Text) if text.get_text()]
+    assert cbook.is_math_text(title.get_text()) is False
+    assert title._preprocess_math(title.get_text()) == (words, False)
 
 
 def test_charts_name_both_axes():

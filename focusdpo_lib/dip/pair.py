@@ -68,7 +68,8 @@ def defect(pair: Pair, tolerance: int = 0) -> str | None:
     if (difference[~inside] > tolerance).any():
         n = int((difference[~inside] > tolerance).sum())
         most = int(difference[~inside].max())
-        return f"win and lose differ outside the masks, at {n} pixel(s) by up to {most} levels ({tolerance} allowed)"
+        places = f"win and lose differ outside the masks, at {n} pixel(s) by up to {most} levels ({tolerance} allowed"
+        return f"{places}; JPEG and autoencoders touch the whole image: store PNG, or allow it in dip.tolerance)"
     if not (difference > tolerance).any():
         return "win and lose show the same image"
     return None

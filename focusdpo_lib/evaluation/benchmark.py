@@ -79,9 +79,13 @@ class Benchmark:
         if others := sorted(n for n, p in places.items() if n not in classes and n[0] != "." and p.is_dir()):
             named = "prompts_and_classes.txt does not name"
             warnings.warn(f"{folder / 'dataset'} holds folders that {named}: {', '.join(others)}", stacklevel=2)
-        subjects = {
-            n: _subject(places.get(n, folder / "dataset" / n), n, c, attributes.get(n)) for n, c in classes.items()
-        }
+        found = [_subject(places.get(n, folder / "dataset" / n), n, c, attributes.get(n)) for n, c in classes.items()]
+        subjects = {subject.name: subject for subject, _ in found}
+        if others := [name for _, names in found for name in names]:
+            more = f" and {len(others) - 8} more" if others[8:] else ""
+            warnings.warn(
+                f"{folder / 'dataset'} holds what counts as no photo: {', '.join(others[:8])}{more}", stacklevel=2
+            )
         photo_hash = _photo_hash(subjects.values())
         if cases == uno_cases.NAME:
             path = Path(f"UNO's {kind} cases of {folder}")
@@ -207,14 +211,13 @@ def open_image(picture: str | Path | Image.Image) -> Image.Image:
         raise BenchmarkError(str(error)) from None
 
 
-def _subject(folder: Path, name: str, class_name: str, attributes: dict | None) -> Subject:
+def _subject(folder: Path, name: str, class_name: str, attributes: dict | None) -> tuple[Subject, list[str]]:
+    """A subject, and the files of its folder that are no photos."""
     photos, others = pictures.photos(folder)
     if not photos:
         remedy = f"save what lies there ({', '.join(others)}) as JPEG or PNG" if others else "fetch the dataset again"
         raise BenchmarkError(f"{folder} holds no photo of the subject '{name}': {remedy}")
-    if others:
-        warnings.warn(f"{folder} holds what counts as no photo: {', '.join(others)}", stacklevel=4)
-    return Subject(name, class_name, tuple(photos), attributes)
+    return Subject(name, class_name, tuple(photos), attributes), [f"{name}/{other}" for other in others]
 
 
 def _photo_hash(subjects: Iterable[Subject]) -> str:

@@ -12,7 +12,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from focusdpo_lib.plots.style import BRANCH_COLOURS, SCORE_MAP, SUBJECT_COLOURS, WEIGHT_MAP, WIDTH, bare, subplots
+from focusdpo_lib.plots.style import (
+    BRANCH_COLOURS,
+    SCORE_MAP,
+    SUBJECT_COLOURS,
+    WEIGHT_MAP,
+    WIDTH,
+    bare,
+    literal,
+    subplots,
+)
 
 
 def outline(axis: Axes, masks: np.ndarray, width: float = 1.5) -> None:
@@ -85,7 +94,7 @@ def pair_gallery(pairs: Sequence) -> Figure:
             bare(axis)
             if i < len(pair.references):
                 show(axis, pair.references[i], pair.references[i].shape, "reference" if pair is pairs[0] else "")
-                axis.set_xlabel(pair.subjects[i])
+                axis.set_xlabel(literal(pair.subjects[i]))
         difference = np.abs(pair.win.astype(int) - pair.lose).max(-1)
         titles = ("winner, $M_{prior}$", "loser", "|winner − loser|")
         for axis, picture, title in zip(row[count:], (pair.win, pair.lose, difference), titles, strict=True):
@@ -94,13 +103,20 @@ def pair_gallery(pairs: Sequence) -> Figure:
             )
         outline(row[count], pair.prior)
         outline(row[count + 2], pair.prior, 0.8)
-        kind, strength = pair.disruption["kind"], pair.disruption["strength"]
-        row[count].set_xlabel(textwrap.fill(f"“{pair.prompt}”", 24))
-        row[count + 1].set_xlabel(f"{kind} of {strength} attribute{'s' if strength > 1 else ''}")
+        row[count].set_xlabel(literal(textwrap.fill(f"“{pair.prompt}”", 24)))
+        row[count + 1].set_xlabel(literal(_disturbance(pair)))
     for axis, title in zip(axes[0, count:], ("winner, $M_{prior}$", "loser", "|winner − loser|"), strict=True):
         axis.set_title(title)
     figure.colorbar(heat, ax=axes[:, -1], shrink=0.6, aspect=30, label="largest difference of a channel (0–255)")
     return figure
+
+
+def _disturbance(pair) -> str:
+    """What made the loser, in words: as the toybox's pairs note it, or what the loser shows instead."""
+    kind, strength = pair.disruption.get("kind"), pair.disruption.get("strength")
+    if kind and isinstance(strength, int):
+        return f"{kind} of {strength} attribute{'s' if strength > 1 else ''}"
+    return textwrap.fill(textwrap.shorten(f"“{'; '.join(pair.disrupted_captions)}”", 72, placeholder=" …"), 24)
 
 
 def disruption_counts(rows: pd.DataFrame, changed: pd.Series) -> Figure:
@@ -175,7 +191,7 @@ def mask_gallery(
 def _maps(row: MaskRow, prior: np.ndarray, subjects: Sequence[str], picture: str) -> list[tuple]:
     """The panels of one row, left to right: title, values, and the masks to outline on it."""
     maps = [(picture, row.picture, prior)]
-    for i, name in enumerate(subjects):
+    for i, name in enumerate(map(literal, subjects)):
         # The other subjects' masks are emptied, not left out: outlines keep their colours.
         own = prior * (np.arange(len(prior)) == i)[:, None, None]
         maps += [(f"$S$ {name}", row.scores[i], own), (f"$M'$ {name}", row.matched[i], own)]

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from focusdpo_lib.evaluation.benchmark import Benchmark, Case, open_image
 from focusdpo_lib.evaluation.rows import FAMILIES, OBJECTIVES, ROWS, family
 from focusdpo_lib.generation import IMAGES, image_name
-from focusdpo_lib.plots.style import BRANCH_COLOURS, OBJECTIVE_COLOURS, SUBJECT_COLOURS, WIDTH, bare, subplots
+from focusdpo_lib.plots.style import BRANCH_COLOURS, OBJECTIVE_COLOURS, SUBJECT_COLOURS, WIDTH, bare, literal, subplots
 
 DASHES = {"sft": ":", "dpo": "--", "patchdpo": "-.", "focusdpo": "-"}  # a second mark beside the colour
 MARKERS = {"base": "o", "sft": "v", "dpo": "s", "patchdpo": "^", "focusdpo": "D"}
@@ -157,10 +157,10 @@ def sample_grid(
         pictures = [*case.references, *(Path(f) / IMAGES / image_name(case, 0) for f in folders.values())]
         for axis, picture, title in zip(shown, pictures, titles, strict=True):
             bare(axis).imshow(np.asarray(open_image(picture)))
-            axis.set_title("" if n else _broken(title), size="medium" if step > 1 else "small")
+            axis.set_title("" if n else literal(_broken(title)), size="medium" if step > 1 else "small")
         shown[0].set_xlabel(" ")  # the height of the prompt, which is wider than its column and must not widen it
         prompt = {"transform": shown[0].transAxes, "va": "top", "in_layout": False}
-        shown[0].text(0, -0.05, f"“{case.prompt}”", **prompt)
+        shown[0].text(0, -0.05, literal(f"“{case.prompt}”"), **prompt)
     return figure
 
 

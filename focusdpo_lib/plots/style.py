@@ -2,6 +2,7 @@
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -18,7 +19,8 @@ WIDTH = 10.0  # inches: a notebook's column
 
 
 def use_style() -> None:
-    """One look for every figure; call it once, at the top of a notebook."""
+    """One look for every figure and table; call it once, at the top of a notebook."""
+    pd.set_option("display.html.use_mathjax", False)  # a prompt may speak of dollars
     sns.set_theme(context="notebook", style="ticks", palette="colorblind", font_scale=0.8)
     plt.rcParams.update(
         {
@@ -48,3 +50,8 @@ def bare(axis: Axes, title: str = "") -> Axes:
     axis.set(xticks=[], yticks=[], title=title)
     sns.despine(ax=axis, left=True, bottom=True)
     return axis
+
+
+def literal(text: str) -> str:
+    """A text of the user's own for a figure, letter by letter: between two dollars matplotlib reads mathematics."""
+    return text.replace("$", r"\$")
