@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from scipy import stats
 from tiny_training import TRAINING, child_train, load_tiny, tiny_train
 
-from focusdpo_lib import params
+from focusdpo_lib import grade, params
 from focusdpo_lib.batch import warm
 from focusdpo_lib.dip.dataset import DatasetError
 from focusdpo_lib.masks import correspondence, detail_field, focus_field
@@ -392,6 +392,8 @@ def test_pairs_without_reference_masks_train_only_where_all_tokens_are_pooled(ba
     bare = prepare(backbone, [replace(pair, reference_masks=()) for pair in pairs], params.Masks())
     with pytest.raises(TrainingError, match="the prepared pairs have no reference masks: prepare them with"):
         tiny_train(tiny_flux, bare, tmp_path / "subject", steps=1)
+    with pytest.raises(DatasetError, match=r"and those with it lack reference_masks, .*: add them, or set masks.pool"):
+        grade.look(backbone, bare[1], 0.5, params.Masks())
     tiny_train(tiny_flux, bare, tmp_path / "all", masks={"pool": "all"}, steps=1)
     tiny_train(tiny_flux, bare, tmp_path / "dpo", objective="dpo", steps=1)
 

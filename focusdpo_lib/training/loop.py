@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from focusdpo_lib import params
 from focusdpo_lib.backbones import Backbone, Conditioning
+from focusdpo_lib.dip.pair import REFERENCE_MASKS, DatasetError
 from focusdpo_lib.masks import CorrespondenceTap, Focus, focus_field
 from focusdpo_lib.objectives import Objective, errors_outside, flow_weight, patchdpo_loss, preference_loss, sft_loss
 from focusdpo_lib.runs import atomic, require_space
@@ -142,9 +143,17 @@ def focus_masks(
 
 
 def new_tap(backbone: Backbone, settings: params.Masks, pairs: PreparedPairs, rows: torch.Tensor) -> CorrespondenceTap:
-    """A tap on the layers that the settings name and on the winners of `rows`, the first samples of a batch."""
+    """A tap on the layers that the settings name and on the winners of `rows`, the first samples of a batch.
+
+    Raises DatasetError where the settings need masks of the references and the pairs have none.
+    """
     layers, cover = backbone.attention_layers(settings.layers), None
     if settings.pool == "subject":
+        if not pairs.cover:
+            raise DatasetError(
+                f"the pair {pairs.ids[0]} and those with it lack {REFERENCE_MASKS}, which say where each reference "
+                "shows its subject: add them, or set masks.pool to all"
+            )
         cover = [cover[rows].to(backbone.device) for cover in pairs.cover]
     winners = slice(0, len(rows))
     return CorrespondenceTap(
