@@ -14,9 +14,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from focusdpo_lib import strict_yaml
 
-Place = Annotated[
-    str, AfterValidator(os.path.expanduser)
-]  # a path, whose ~ is the user's folder, or a name in its stead
+
+def _says_something(text: str) -> str:
+    if not text.strip():
+        raise ValueError("it is empty: give a name, or leave the setting out")
+    return text
+
+
+Name = Annotated[str, AfterValidator(_says_something)]
+Place = Annotated[Name, AfterValidator(os.path.expanduser)]  # a path, whose ~ is the user's folder, or a name instead
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 SHIPPED = Path(__file__).parent / "toybox" / "weights"  # what a setting calls "toybox"
 
@@ -35,7 +41,15 @@ def run_name(name: str) -> str:
     return name
 
 
+def distinct(values: list) -> list:
+    """A list each of whose values stands once: what stands twice would count twice."""
+    if len(set(values)) < len(values):
+        raise ValueError(f"{next(v for i, v in enumerate(values) if v in values[:i])!r} stands twice: name each once")
+    return values
+
+
 RunName = Annotated[str, AfterValidator(run_name)]
+Layer = Annotated[int, Field(ge=0)]
 
 
 class Section(BaseModel):
@@ -108,7 +122,9 @@ class Dip(Section):
 
 class Masks(Section):
     similarity: Literal["cosine", "printed"] = "cosine"  # R1
-    layers: Literal["double", "all"] | Annotated[list[int], Field(min_length=1)] = "double"  # R2
+    layers: Literal["double", "all"] | Annotated[list[Layer], Field(min_length=1), AfterValidator(distinct)] = (
+        "double"  # R2
+    )
     features: Literal["block_output", "query", "query_key"] = "block_output"  # R3
     pool: Literal["subject", "all"] = "subject"  # R20; all needs no reference_masks
     reference_tokens: Literal["own", "image_keys"] = "own"  # R7, of a U-Net: own are those that it has of a reference
@@ -148,7 +164,9 @@ class Objective(Section):
 class Lora(Section):
     rank: int = Field(32, gt=0)  # R17
     alpha: float | None = Field(None, gt=0)  # none: equal to the rank
-    targets: Annotated[list[str], Field(min_length=1)] | None = None  # none: the backbone's own list
+    targets: Annotated[list[Name], Field(min_length=1), AfterValidator(distinct)] | None = (
+        None  # none: the backbone's own list
+    )
 
 
 class Training(Section):
@@ -230,7 +248,7 @@ class Evaluation(Section):
     clip_text_clamp: bool = True  # CLIP-T = weight · max(cosine, 0), or the cosine as it is
     reader: Place | None = "toybox"  # recovers attributes; only where the benchmark knows them
     batch_size: int = Field(64, gt=0)  # images an encoder takes at once
-    bootstrap: int = Field(2000, gt=0)
+    bootstrap: int = Field(2000, ge=50)  # draws of an interval: fewer have no 2.5 % at either end
     seed: Seed = 0  # of the bootstrap
 
 
