@@ -83,9 +83,10 @@ format: $(ready) ## Correct what `make lint` can correct by itself
 strip: $(ready) ## Clear the outputs of the notebooks, as they are committed
 	$(python) -m nbstripout --drop-empty-cells notebooks/*.ipynb
 
-bench: $(ready) ## What a step costs, and a start (7 minutes; full size on a GPU)
+bench: $(ready) ## What a step costs, a start, and the engine ray (20 minutes; full size on a GPU)
 	$(python) -m focusdpo_lib.bench
 	$(python) -m focusdpo_lib.bench.starts
+	$(python) -m focusdpo_lib.bench.engines
 
 toybox-weights: $(ready) ## Train every toybox model from nothing (hours on a CPU; resumable)
 	$(python) -m focusdpo_lib.toybox.recipe

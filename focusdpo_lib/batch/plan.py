@@ -18,13 +18,11 @@ from typing import Any
 import pandas as pd
 
 from focusdpo_lib import params, runs
-from focusdpo_lib.batch import notebooks
+from focusdpo_lib.batch import notebooks, reproduce
 from focusdpo_lib.batch.cli import add_overrides, chosen_overrides
 from focusdpo_lib.batch.engines.said import span
 from focusdpo_lib.batch.estimate import SHARE
 from focusdpo_lib.batch.jobs import Job, resolved, resources
-from focusdpo_lib.batch.reproduce import costs, estimated
-from focusdpo_lib.batch.reproduce import plan as jobs_of
 from focusdpo_lib.batch.schedule import Node, Task, critical_path, makespan
 from focusdpo_lib.evaluation.rows import FAMILIES
 from focusdpo_lib.params import ParameterError, Resources
@@ -210,9 +208,14 @@ def at_paper_scale(jobs: Sequence[Job], units: Mapping[str, Any], assumed: Assum
     )
 
 
+def timed(jobs: Sequence[Job]) -> list[Task]:
+    """The runs of a profile whose minutes are of this machine, one processor each."""
+    return [Task(job.name, job.minutes, Resources(), tuple(job.after)) for job in jobs]
+
+
 def here(jobs: Sequence[Job], machine: str, workers: Sequence[int]) -> str:
-    """The plan of a profile whose runs were timed by a probe of this machine, one processor each."""
-    found = [Task(job.name, job.minutes, Resources(), tuple(job.after)) for job in jobs]
+    """The plan of a profile whose runs were timed by a probe of this machine."""
+    found = timed(jobs)
     minutes, path = critical_path(found)
     return "\n".join(
         [
@@ -223,36 +226,45 @@ def here(jobs: Sequence[Job], machine: str, workers: Sequence[int]) -> str:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m focusdpo_lib.batch.plan", description=__doc__.splitlines()[0])
-    parser.add_argument("--profile", default="paper", help="a folder of params/")
-    parser.add_argument("--seeds", type=_count, default=1, help="training seeds of every objective")
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    top = argparse.ArgumentParser(prog="python -m focusdpo_lib.batch.plan", description=__doc__.splitlines()[0])
+    top.add_argument("--profile", default="paper", help="a folder of params/")
+    top.add_argument("--seeds", type=_count, default=1, help="training seeds of every objective")
     of = {"nargs": "+", "choices": FAMILIES, "default": list(FAMILIES)}
-    parser.add_argument("--families", **of, help="train and show these alone")
-    parser.add_argument("--gpu", default="h200", choices=CARDS)
-    parser.add_argument("--gpus", type=_count, nargs="+", default=[1, 8, 64, 512], help="how many")
-    parser.add_argument("--each", type=_count, default=8, help="GPUs of a machine")
-    parser.add_argument(
-        "--workers", type=_count, nargs="+", default=[1, 2], help="without counted operations: processes"
-    )
+    top.add_argument("--families", **of, help="train and show these alone")
+    top.add_argument("--gpu", default="h200", choices=CARDS)
+    top.add_argument("--gpus", type=_count, nargs="+", default=[1, 8, 64, 512], help="how many")
+    top.add_argument("--each", type=_count, default=8, help="GPUs of a machine")
+    top.add_argument("--workers", type=_count, nargs="+", default=[1, 2], help="without counted operations: processes")
     for name, value in vars(Assumed()).items():
         kind = {"share": _share, "start": _minutes}.get(name, _count)
-        parser.add_argument(f"--{name}", type=kind, default=value, help=f"assumed: {value}")
-    parser.add_argument("--params", type=Path, default=Path("params"))
-    parser.add_argument("--results", type=runs.home, default=Path("results"))
-    parser.add_argument("--notebooks", type=Path, default=Path("notebooks"))
-    add_overrides(parser)
-    given = parser.parse_args(arguments)
-    profile, results = given.params / given.profile, given.results / given.profile
+        top.add_argument(f"--{name}", type=kind, default=value, help=f"assumed: {value}")
+    top.add_argument("--params", type=Path, default=Path("params"))
+    top.add_argument("--results", type=runs.home, default=Path("results"))
+    top.add_argument("--notebooks", type=Path, default=Path("notebooks"))
+    add_overrides(top)
+    return top
+
+
+def jobs_of(given: argparse.Namespace) -> list[Job]:
+    """The runs that a command line asks for. Raises ParameterError or RunError."""
+    over = {"benchmark.folder": "toybox", **chosen_overrides(given)}  # a plan needs no photos
+    where = given.params / given.profile, given.results / given.profile, given.notebooks
+    return reproduce.plan(*where, given.seeds, over, given.families)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    given = parser().parse_args(arguments)
+    profile = given.params / given.profile
     try:
-        over = {"benchmark.folder": "toybox", **chosen_overrides(given)}  # a plan needs no photos
-        jobs = jobs_of(profile, results, given.notebooks, given.seeds, over, given.families)
+        jobs = jobs_of(given)
         if (profile / OPERATIONS).exists():
             assumed = Assumed(**{name: getattr(given, name) for name in vars(Assumed())})
             print(at_paper_scale(jobs, _units(profile / OPERATIONS), assumed, given))
         else:
-            print(here(*estimated(jobs, costs(profile)), given.workers))
+            print(here(*reproduce.estimated(jobs, reproduce.costs(profile)), given.workers))
     except (ParameterError, runs.RunError) as error:
         print(f"no plan: {error}", file=sys.stderr)
         return 1

@@ -1,10 +1,10 @@
-"""What the engine `ray` costs against `local`: seconds a job, and a whole small reproduction with two workers.
+"""What the engine `ray` costs against `local`: seconds a job, and whole small reproductions with two workers.
 
-    python -m focusdpo_lib.bench.engines             # ten minutes; needs the extra [ray] and a quiet machine
+    python -m focusdpo_lib.bench.engines             # half an hour; needs the extra [ray] and a quiet machine
 
-The reproduction is that of the profile smoke, thirteen notebooks of a few seconds each, which is hard on an engine;
-`--profile toybox --set training.steps=40 --set generation.prompts=2 --families uno` is one in which more is computed.
-Times are of whole processes, and ratios of one run.
+One reproduction is that of the profile smoke, thirteen notebooks of a few seconds each, which is hard on an engine. In
+the other, a short one of the toybox, more is computed; what `batch.plan` foretells of it, from a probe of this machine,
+stands beside what it took. Times are of whole processes, and ratios of one run.
 """
 
 import argparse
@@ -12,19 +12,25 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import nbformat
-import pandas as pd
 
 from focusdpo_lib import provenance
+from focusdpo_lib.batch import plan, reproduce
+from focusdpo_lib.batch.schedule import Node, makespan
 from focusdpo_lib.bench.report import default_folder, table
 from focusdpo_lib.runs import write_json, write_text
 
 RESULTS, PAGE = "engines.json", "ENGINES.md"
-ENGINES = ("local", "ray")
-EMPTY = 8  # notebooks that do nothing, each after the one before
+ENGINES, WORKERS = ("local", "ray"), (1, 2)
+FEW, EMPTY = 4, 8  # notebooks that do nothing, each after the one before: so many, and so many more
+A_JOB, FORETOLD = "a job", "the reproduction of the toybox as a plan foretells it"
+SMOKE = ("--profile", "smoke")
+SHORT = ("--profile", "toybox", "--families", "uno", "--set", "training.steps=40", "--set", "generation.prompts=2")
 ALL_EMPTY = """import sys
 from pathlib import Path
 from focusdpo_lib.batch import Job, run_all
@@ -42,53 +48,62 @@ def seconds(words: list[str]) -> float:
 
 
 def a_job(engine: str, scratch: Path) -> float:
-    """Seconds that one more empty notebook takes in a chain."""
+    """Seconds that one more empty notebook takes in a chain, in which kernels start warm with either engine."""
     book = scratch / "empty.ipynb"
     cell = nbformat.v4.new_code_cell("nothing = 0", metadata={"tags": ["parameters"]})
     nbformat.write(nbformat.v4.new_notebook(cells=[cell]), book)
     took = [
-        seconds(["-c", ALL_EMPTY, str(book), str(scratch / f"{engine}-{n}"), str(n), engine]) for n in (2, 2 + EMPTY)
+        seconds(["-c", ALL_EMPTY, str(book), str(scratch / f"{engine}-{n}"), str(n), engine])
+        for n in (FEW, FEW + EMPTY)
     ]
     return (took[1] - took[0]) / EMPTY
 
 
-def a_reproduction(engine: str, scratch: Path, words: list[str]) -> float:
+def a_reproduction(engine: str, scratch: Path, words: Sequence[str]) -> float:
     results = ["--results", str(scratch / engine), "--engine", engine]
     return seconds(["-m", "focusdpo_lib.batch.reproduce", *results, *words])
 
 
-def page(found: dict) -> str:
+def foretold(scratch: Path, words: Sequence[str]) -> dict[str, float]:
+    """Seconds of a reproduction with either engine, by a plan."""
+    given = plan.parser().parse_args(["--results", str(scratch / "plan"), *words])
+    jobs, _ = reproduce.estimated(plan.jobs_of(given), reproduce.costs(given.params / given.profile))
+    return {e: 60 * makespan(plan.timed(jobs), [Node(0, count)]) for e, count in zip(ENGINES, WORKERS, strict=True)}
+
+
+def page(found: Mapping[str, Any]) -> str:
     """What was found, as Markdown."""
-    machine = found["machine"]
+    machine, rows = found["machine"], found["seconds"]
     commit = machine["git"]["commit"][:12] if machine["git"] else "unknown"
-    rows = pd.DataFrame(found["seconds"]).T
-    lines = [[name, *(f"{rows.loc[name, e]:.1f}" for e in ENGINES), _said(name, rows.loc[name])] for name in rows.index]
+    lines = [[name, *(f"{of[e]:.1f}" for e in ENGINES), _said(name, of)] for name, of in rows.items()]
+    foreseen = [f"{rows[FORETOLD][e] / rows[_named(SHORT)][e] - 1:+.0%}" for e in ENGINES]
     return (
         f"# What the engine ray costs: {machine['device']}\n\nCommit {commit}; written by `python -m "
         f"focusdpo_lib.bench.engines`. Seconds; ray had two workers on this machine, local one.\n\n"
-        + table(["what", *ENGINES, "ray against local"], lines)
+        + table(["what", *ENGINES, "ray against local"], [*lines, [f"{FORETOLD}, against what it took", *foreseen, ""]])
         + "\n"
     )
 
 
-def _said(name: str, of: pd.Series) -> str:
-    if name == "a job":
+def _said(name: str, of: Mapping[str, float]) -> str:
+    if name == A_JOB:
         return f"{of['ray'] - of['local']:+.1f} s"
     return f"{of['local'] / of['ray']:.2f} times as fast"
+
+
+def _named(words: Sequence[str]) -> str:
+    return f"reproduce {' '.join(words)}"
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m focusdpo_lib.bench.engines", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, help="folder of the results (default: results/bench/<device>)")
-    parser.add_argument("--profile", default="smoke", help="of the reproduction; what follows goes to it as it stands")
-    given, words = parser.parse_known_args(arguments)
-    words = ["--profile", given.profile, *words]
-    out, found = given.out or default_folder(), {"a job": {}, f"reproduce {' '.join(words)}": {}}
+    out = parser.parse_args(arguments).out or default_folder()
     with TemporaryDirectory() as folder:
-        for engine in ENGINES:
-            one, all_of_it = found
-            found[one][engine] = a_job(engine, Path(folder))
-            found[all_of_it][engine] = a_reproduction(engine, Path(folder), words)
+        found = {A_JOB: {engine: a_job(engine, Path(folder)) for engine in ENGINES}}
+        found[FORETOLD] = foretold(Path(folder), SHORT)
+        for words in (SHORT, SMOKE):
+            found[_named(words)] = {engine: a_reproduction(engine, Path(folder), words) for engine in ENGINES}
     facts = {"seconds": found, "machine": provenance.facts()}
     write_json(out / RESULTS, facts)
     write_text(out / PAGE, page(facts))
