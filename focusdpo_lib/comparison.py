@@ -248,7 +248,8 @@ def save_table(
 ) -> Path:
     """Keeps a table (text, Markdown, CSV) and its figures at results/tables/<name>, whole, in place of an older one."""
     folder = stages.place(results, "tables", name)
-    with atomic(folder) as partial, Run(partial, {"protocol": result.attrs["protocol"]}, inputs):
+    facts = {name: result.attrs[name] for name in ("protocol", "sampling", "average", "bootstrap", "seed")}
+    with atomic(folder) as partial, Run(partial, facts, inputs):
         for suffix, form in (("txt", tables.text), ("md", tables.markdown)):
             (partial / f"table.{suffix}").write_text(form(result), encoding="utf-8")
         result.to_csv(partial / "table.csv", index=False)

@@ -14,12 +14,14 @@ import pandas as pd
 import torch
 from PIL import Image
 
+from focusdpo_lib.evaluation import protocols
 from focusdpo_lib.evaluation.benchmark import Benchmark, BenchmarkError, Case, open_image
 from focusdpo_lib.evaluation.encoders import Encoders, to_pixels
 from focusdpo_lib.params import Evaluation, Generation
 
 COLUMNS = ("case", "index", "subjects", "prompt", "metric", "subject", "value", "weight")
-SCORING_SETTINGS = ("references", "clip_precision", "clip_text_weight", "clip_text_clamp")  # the rest is for tables
+# The rest is for tables.
+SCORING_SETTINGS = ("protocol", "references", "clip_precision", "clip_text_weight", "clip_text_clamp")
 
 Source = Path | tuple[Path, ...]  # an image file, or references to paste beside each other
 
@@ -53,6 +55,11 @@ def image_files(
 
 def check(benchmark: Benchmark, settings: Evaluation, generation: Generation | None) -> None:
     """Raises BenchmarkError where `settings` cannot score the cases, which can be said before an image is made."""
+    if found := protocols.problems(settings, benchmark.kind, generation):
+        raise BenchmarkError(
+            f"evaluation.protocol '{settings.protocol}' does not fit ({'; '.join(found)}): change what it names, or "
+            f"set evaluation.protocol to another, as '{protocols.CUSTOM}'"
+        )
     if generation and generation.references == "all" and settings.references != "all":
         raise BenchmarkError(
             f"evaluation.references cannot be '{settings.references}' where every photo went in "

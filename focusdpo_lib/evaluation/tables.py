@@ -7,11 +7,13 @@ print(text(result)); markdown(result); html(result)
 
 import math
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import pandas as pd
 
-from focusdpo_lib.evaluation import statistics
+from focusdpo_lib.evaluation import captions, statistics
+from focusdpo_lib.evaluation.protocols import ProtocolError
 from focusdpo_lib.evaluation.published import HEADING, NOTES, published
 from focusdpo_lib.evaluation.rows import FAMILIES, ROWS, family
 from focusdpo_lib.params import Evaluation
@@ -24,13 +26,8 @@ METRICS = {
     "leakage": "leakage rate",
 }
 TITLES = {"single": "Table 1: single subject", "multi": "Table 2: two subjects"}
-SAMPLING = "generation."  # how a protocol's keys begin that say how images are sampled
 NOT_DISTINGUISHABLE = "not distinguishable"
 ABSENT = "–"
-
-
-class ProtocolError(ValueError):
-    """Runs that were measured differently were asked into one table; the message says which setting differs."""
 
 
 def table(
@@ -47,7 +44,7 @@ def table(
     one.
     """
     runs = {name: scores if isinstance(scores, list) else [scores] for name, scores in rows.items()}
-    protocol = check_protocol(runs)
+    protocol, sampling = check_protocol(runs)
     known = [name for name in ROWS if name in runs] + [name for name in runs if name not in ROWS]
     lines = []
     for metric, subjects, column in _columns(settings, protocol):
@@ -59,30 +56,51 @@ def table(
             about = {"family": FAMILIES.get(family(name), ""), "seeds": len(runs[name])}
             lines.append(_line(name, column, values, {"difference": base, "from_dpo": dpo}, settings) | about)
     result = pd.DataFrame(lines)
-    result.attrs |= {"protocol": protocol, "bootstrap": settings.bootstrap}
+    result.attrs |= {"protocol": protocol, "sampling": sampling, "average": settings.average}
+    result.attrs |= {"bootstrap": settings.bootstrap, "seed": settings.seed}
     result.attrs["trained"] = {ROWS[name]: dict(how) for name, how in (trained or {}).items()}
     return result
 
 
-def check_protocol(runs: Mapping[str, list[pd.DataFrame]]) -> dict:
-    """The one protocol of all runs, flat; what was sampled how stands under "generation.<family>.".
+def check_protocol(runs: Mapping[str, list[pd.DataFrame]]) -> tuple[dict, dict[str, dict | str]]:
+    """(the one protocol of all runs, flat; how images were sampled, by family or, of a row that has none, by row).
 
-    Anchors, which generate nothing, are free of that part, and rows of two families are not compared in it.
+    Sampling is a matter of a family: its rows must agree in it, and no others. Anchors, which generate nothing, are
+    free of it. Raises ProtocolError that says all in which two rows differ.
     """
-    first, shared = {}, {}
+    protocol: dict[str, Any] = {}
+    sampling: dict[str, dict | str] = {}
+    first: dict[str, str] = {}  # the row that the others of its group (all: "") are held against
     for name, scores in ((n, s) for n, group in runs.items() for s in group):
         if "protocol" not in scores.attrs:
             raise ProtocolError(f"the scores of '{name}' do not say how they were measured: score the images again")
-        for key, value in _flatten(scores.attrs["protocol"]):
-            place = key.replace(SAMPLING, f"{SAMPLING}{family(name)}.") if key.startswith(SAMPLING) else key
-            other, expected = first.setdefault(place, (name, value))
-            if expected != value:
-                raise ProtocolError(
-                    f"'{other}' and '{name}' cannot stand in one table: {key} is {expected!r} in the one and "
-                    f"{value!r} in the other; measure both the same way"
-                )
-            shared |= {} if value is None else {place: value}
-    return shared
+        measured = dict(scores.attrs["protocol"])
+        how, group = measured.pop("generation"), family(name) or name
+        flat = {key: value for key, value in _flatten(measured) if value is not None}
+        protocol = protocol or flat
+        _agree(first.setdefault("", name), name, _differences(protocol, flat))
+        if how is not None:
+            known = sampling.setdefault(group, how)
+            _agree(first.setdefault(group, name), name, _differences(known, how, "generation."))
+    return protocol, sampling
+
+
+def _agree(one: str, other: str, differences: list[str]) -> None:
+    if differences:
+        raise ProtocolError(
+            f"'{one}' and '{other}' cannot stand in one table: {'; '.join(differences)}; measure both the same way"
+        )
+
+
+def _differences(one: Mapping[str, Any] | str, other: Mapping[str, Any] | str, prefix: str = "") -> list[str]:
+    """In what two sets of settings differ, a clause each; either may be "unknown" as a whole."""
+    if isinstance(one, str) or isinstance(other, str):
+        return [] if one == other else [f"{prefix[:-1]} is {one!r} in the one and {other!r} in the other"]
+    return [
+        f"{prefix}{key} is {one.get(key)!r} in the one and {other.get(key)!r} in the other"
+        for key in dict.fromkeys([*one, *other])
+        if one.get(key) != other.get(key)
+    ]
 
 
 def wide(result: pd.DataFrame) -> pd.DataFrame:
@@ -143,7 +161,11 @@ def html(result: pd.DataFrame) -> str:
 def _document(result: pd.DataFrame, grid: Callable, heading: Callable, paragraph: Callable) -> str:
     """Our table, its differences, and under a heading of its own what the paper published."""
     of = kind(result.attrs["protocol"])
-    parts = [heading(TITLES[of]), paragraph(_caption(result, of)), grid(wide(result))]
+    parts = [
+        heading(TITLES[of]),
+        paragraph(captions.caption(result, of, (result["column"] == METRICS["leakage"]).any())),
+        grid(wide(result)),
+    ]
     if result["difference"].notna().any():
         title = f"Paired difference from {_bases(result)}, same subjects (95 % interval)"
         parts += [heading(title), grid(differences(result))]
@@ -160,36 +182,6 @@ def _bases(result: pd.DataFrame) -> str:
     """ "UNO", or "the row's own base, UNO or IPAP"."""
     bases = list(dict.fromkeys(result.loc[result["difference"].notna(), "family"]))
     return bases[0] if len(bases) == 1 else f"the row's own base, {' or '.join(bases)}"
-
-
-def _caption(result: pd.DataFrame, of: str) -> str:
-    drawn = {"single": "subjects", "multi": "pairs of subjects"}[of]
-    seeds = result.drop_duplicates("row").groupby("seeds")["row"].agg(", ".join)
-    averaged = "".join(f" Mean over {n} training seeds: {rows}." for n, rows in seeds.items() if n > 1)
-    leaks = " Of the leakage rate, less is better." if (result["column"] == METRICS["leakage"]).any() else ""
-    protocol = result.attrs["protocol"]
-    measured = ", ".join(f"{key} = {value}" for key, value in protocol.items() if not key.startswith(SAMPLING))
-    return (
-        f"Mean [95 % interval, bootstrap of {result.attrs['bootstrap']} draws over {result['units'].max()} {drawn}]."
-        f"{averaged}{leaks} Measured with {measured}.{''.join(_sampling(protocol))}"
-    )
-
-
-def _sampling(protocol: dict) -> Iterator[str]:
-    """How images were sampled, a sentence what all families have alike and one a family for what differs."""
-    by_family: dict[str, dict] = {}
-    for key, value in protocol.items():
-        if key.startswith(SAMPLING):
-            name, _, setting = key.removeprefix(SAMPLING).partition(".")
-            by_family.setdefault(name, {})[setting] = value
-    every = list(by_family.values())
-    alike = {k: v for k, v in every[0].items() if all(other.get(k) == v for other in every)} if every else {}
-    names = [FAMILIES.get(name, "the other rows") for name in by_family]
-    own = [{k: v for k, v in settings.items() if k not in alike} for settings in every]
-    for who, settings in [(names, alike), *zip([[name] for name in names], own, strict=True)]:
-        if settings:
-            how = ", ".join(f"{key} = {value}" for key, value in settings.items())
-            yield f" {' and '.join(who)} {'were' if len(who) > 1 else 'was'} sampled with {how}."
 
 
 def _columns(settings: Evaluation, protocol: dict) -> list[tuple[str, str, str]]:
@@ -225,11 +217,11 @@ def _line(
 
 
 def _flatten(values: dict, prefix: str = ""):
-    """Pairs such as ("generation.steps", 20); the missing generation of an anchor gives none."""
+    """Pairs such as ("evaluation.references", "all")."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _flatten(value, f"{prefix}{key}.")
-        elif (key, value) != ("generation", None):
+        else:
             yield f"{prefix}{key}", value
 
 
