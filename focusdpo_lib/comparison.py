@@ -127,15 +127,20 @@ def oracle_images(results: Path, benchmark: Benchmark, prompts: int | None = Non
 
 
 def load_encoders(
-    benchmark: Benchmark, evaluation: params.Evaluation, families: Mapping[str, params.FamilyRows]
+    benchmark: Benchmark,
+    evaluation: params.Evaluation,
+    families: Mapping[str, params.FamilyRows],
+    results: Path | None = None,
 ) -> Encoders:
     """The encoders of a table, before any image is made for it: what cannot be scored need not be sampled.
+
+    Those of a hub are of the commits that `results` is pinned to.
 
     Raises EncoderError, and BenchmarkError where `evaluation` does not fit the cases or how they are sampled.
     """
     for rows in families.values():
         scores.check(benchmark, evaluation, rows.generation)
-    found = stages.load_encoders(evaluation)
+    found = stages.load_encoders(evaluation, results)
     for family, rows in families.items():
         if found.reader and benchmark.has_attributes and rows.generation.size != found.reader.size:
             raise EncoderError(

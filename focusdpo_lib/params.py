@@ -256,6 +256,8 @@ class Evaluation(Section):
     average: Literal["subject", "image"] = "subject"  # per subject (or pair) then mean, or over all images
     dino: Place = "toybox"  # a folder or hub id of a ViT; "toybox" is the model shipped with the package
     clip: Place = "toybox"  # "<open_clip name>/<pretrained tag>", "hf-hub:<id>", or a folder that open_clip wrote
+    dino_revision: str | None = None  # commits of models of a hub; none: the first run pins them, in
+    clip_revision: str | None = None  # <results>/revisions
     clip_precision: Literal["float32", "float16", "bfloat16"] = "float32"
     clip_text_weight: float = Field(1.0, gt=0)
     clip_text_clamp: bool = True  # CLIP-T = weight · max(cosine, 0), or the cosine as it is
