@@ -222,8 +222,8 @@ def attribute_table(
         read = [_read_attributes(few, run / IMAGES, encoders, count) for run in made]
         for name in ATTRIBUTES:
             values = statistics.units(read, name, evaluation.average)
-            drawn = statistics.resamples(len(values), evaluation.bootstrap, evaluation.seed)
-            lines.append({"row": row, "attribute": name, **statistics.estimate(values, drawn)._asdict()})
+            by = statistics.uncertainty(values, few.subjects_of, evaluation)
+            lines.append({"row": row, "attribute": name, **statistics.estimate(values, by)._asdict()})
     return pd.DataFrame(lines)
 
 

@@ -8,7 +8,7 @@ from focusdpo_lib.evaluation import protocols
 from focusdpo_lib.evaluation.rows import FAMILIES, ROWS
 
 UNKNOWN = "unknown"  # a setting of sampling, or all of them, of images that came from elsewhere
-DRAWN = {"single": "subjects", "multi": "pairs of subjects"}
+PROTOCOL = "evaluation.protocol"
 
 Sampling = Mapping[str, Mapping[str, object] | str]  # by family, or by row where a row has none
 
@@ -19,16 +19,20 @@ def caption(result: pd.DataFrame, kind: str, leaks: bool) -> str:
     seeds = result.drop_duplicates("row").groupby("seeds")["row"].agg(", ".join)
     averaged = "".join(f" Mean over {n} training seeds: {rows}." for n, rows in seeds.items() if n > 1)
     measured = ", ".join(f"{key} = {value}" for key, value in about["protocol"].items() if key != PROTOCOL)
+    named = protocols.said(about["protocol"].get(PROTOCOL, protocols.CUSTOM))
     return (
-        f"{protocols.said(about['protocol'].get(PROTOCOL, protocols.CUSTOM))} Mean [95 % interval, bootstrap of "
-        f"{about['bootstrap']} draws (seed {about['seed']}) over {result['units'].max()} {DRAWN[kind]}]."
+        f"{named} Mean [95 % interval, {_interval(result, kind)}]."
         f"{averaged}{' Of the leakage rate, less is better.' if leaks else ''} "
         f"Measured with {measured}, evaluation.average = {about['average']}."
         f"{''.join(f' {sentence}' for sentence in sampled(about['sampling']))}"
     )
 
 
-PROTOCOL = "evaluation.protocol"
+def _interval(result: pd.DataFrame, kind: str) -> str:
+    count, about = result["units"].max(), result.attrs
+    if kind == "multi":
+        return f"over {count} pairs of subjects, by a standard error that is robust to subjects that pairs share"
+    return f"bootstrap of {about['bootstrap']} draws (seed {about['seed']}) over {count} subjects, as wide as Student's"
 
 
 def sampled(sampling: Sampling) -> Iterator[str]:

@@ -3,7 +3,8 @@
 A table of scores has one row for every image, metric and subject: case, index (of the image within the case), subjects
 ("cat+mug": the unit of the bootstrap), prompt, metric, subject ("" for the whole image), value, weight. `weight` is 1
 but for leakage, where it is the number of attributes that could leak, so that the rate is Σ value·weight / Σ weight.
-`attrs["protocol"]` says how it was measured, and travels with the table through parquet.
+`attrs["protocol"]` says how it was measured, `attrs["same_class_units"]` which pairs share a class word; they travel
+with the table through parquet.
 """
 
 from collections.abc import Mapping
@@ -207,4 +208,5 @@ def _paste(references: tuple[Path, ...]) -> Image.Image:
 def _table(rows, benchmark, encoders, settings, generation) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     table.attrs["protocol"] = protocol(benchmark, encoders, settings, generation)
+    table.attrs["same_class_units"] = benchmark.same_class_units
     return table

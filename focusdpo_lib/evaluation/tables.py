@@ -7,7 +7,7 @@ print(text(result)); markdown(result); html(result)
 
 import math
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import pandas as pd
@@ -26,6 +26,8 @@ METRICS = {
     "leakage": "leakage rate",
 }
 TITLES = {"single": "Table 1: single subject", "multi": "Table 2: two subjects"}
+SAME_CLASS = "same_class_units"  # of scores' attrs: pairs whose subjects share a class word
+UNPAIRED = statistics.Estimate(math.nan, math.nan, math.nan)
 NOT_DISTINGUISHABLE = "not distinguishable"
 ABSENT = "–"
 
@@ -37,6 +39,9 @@ def table(
 ) -> pd.DataFrame:
     """Long table: row, column, value, difference and from_dpo (each with low and high), units, family, seeds.
 
+    And, where pairs of subjects share a class word, distinct and distinct_difference (with low and high): the same
+    over the other pairs alone, distinct_units of them.
+
     A row is one table of scores, or a list of them, one a training seed. The difference is from the row of its family's
     base ("UNO" of "UNO+SFT"); anchors and bases have none. FocusDPO's rows also have that from their family's DPO,
     which is what the paper claims. `trained` says of rows how they were trained, {setting: value}. Raises ProtocolError
@@ -46,6 +51,8 @@ def table(
     runs = {name: scores if isinstance(scores, list) else [scores] for name, scores in rows.items()}
     protocol, sampling = check_protocol(runs)
     known = [name for name in ROWS if name in runs] + [name for name in runs if name not in ROWS]
+    subjects_of = _subjects(runs)
+    alike = {unit for group in runs.values() for scores in group for unit in scores.attrs.get(SAME_CLASS, [])}
     lines = []
     for metric, subjects, column in _columns(settings, protocol):
         having = [n for n in known if any((s["metric"] == metric).any() for s in runs[n])]
@@ -53,8 +60,10 @@ def table(
         for name, values in tables.items():
             base = None if name == family(name) else tables.get(family(name))
             dpo = tables.get(f"{family(name)}_dpo") if name == f"{family(name)}_focusdpo" else None
+            others = {"difference": base, "from_dpo": dpo}
             about = {"family": FAMILIES.get(family(name), ""), "seeds": len(runs[name])}
-            lines.append(_line(name, column, values, {"difference": base, "from_dpo": dpo}, settings) | about)
+            about |= _distinct(values, base, alike, subjects_of, settings)
+            lines.append(_line(name, column, values, others, subjects_of, settings) | about)
     result = pd.DataFrame(lines)
     result.attrs |= {"protocol": protocol, "sampling": sampling, "average": settings.average}
     result.attrs |= {"bootstrap": settings.bootstrap, "seed": settings.seed}
@@ -103,16 +112,17 @@ def _differences(one: Mapping[str, Any] | str, other: Mapping[str, Any] | str, p
     ]
 
 
-def wide(result: pd.DataFrame) -> pd.DataFrame:
-    """A row a method, a column a metric, cells "0.812 [0.790, 0.833]"."""
-    cells = [f"{v:.3f} [{lo:.3f}, {hi:.3f}]" for v, lo, hi in result[["value", "low", "high"]].itertuples(index=False)]
+def wide(result: pd.DataFrame, of: str = "value") -> pd.DataFrame:
+    """A row a method, a column a metric, cells "0.812 [0.790, 0.833]". `of` "distinct": without pairs of one class."""
+    ends = ["low", "high"] if of == "value" else [f"{of}_low", f"{of}_high"]
+    cells = [f"{v:.3f} [{lo:.3f}, {hi:.3f}]" for v, lo, hi in result[[of, *ends]].itertuples(index=False)]
     return _pivot(result, cells)
 
 
 def differences(result: pd.DataFrame, of: str = "difference") -> pd.DataFrame:
     """Paired differences from each row's own base in that layout; "not distinguishable" where the interval holds 0.
 
-    With "from_dpo" those of FocusDPO from DPO.
+    With "from_dpo" those of FocusDPO from DPO, with "distinct_difference" without pairs of one class.
     """
     kept = result[result[of].notna()]
     columns = [of, f"{of}_low", f"{of}_high"]
@@ -172,10 +182,26 @@ def _document(result: pd.DataFrame, grid: Callable, heading: Callable, paragraph
     if result["from_dpo"].notna().any():
         title = "Paired difference of FocusDPO from DPO, same subjects (95 % interval)"
         parts += [heading(title), grid(differences(result, "from_dpo"))]
+    if "distinct" in result:
+        parts += _without_pairs_alike(result, grid, heading, paragraph)
     if trained := result.attrs["trained"]:
         parts += [heading("How the rows were trained"), grid(pd.DataFrame(trained).T.fillna(ABSENT))]
     parts += [heading(HEADING), grid(published(of).map("{:.3f}".format)), *map(paragraph, NOTES[of])]
     return "\n\n".join(parts) + "\n"
+
+
+def _without_pairs_alike(result: pd.DataFrame, grid: Callable, heading: Callable, paragraph: Callable) -> list[str]:
+    """The table once more, and its differences, over the pairs whose subjects bear different names."""
+    left, every = int(result["distinct_units"].max()), int(result["units"].max())
+    why = f"The subjects of {every - left} of the {every} pairs share a class word, so that their prompts cannot tell "
+    parts = [heading(f"Without pairs that share a class word ({left} of {every})"), paragraph(f"{why}which is which.")]
+    parts.append(grid(wide(result, "distinct")))
+    if result["distinct_difference"].notna().any():
+        parts += [
+            paragraph(f"Paired difference from {_bases(result)}:"),
+            grid(differences(result, "distinct_difference")),
+        ]
+    return parts
 
 
 def _bases(result: pd.DataFrame) -> str:
@@ -203,17 +229,44 @@ def kind(protocol: dict) -> str:
     return protocol["benchmark"].split()[0]
 
 
+def _subjects(runs: Mapping[str, list[pd.DataFrame]]) -> dict[str, list[str]]:
+    """The subjects of every unit, as its scores name them."""
+    pairs = pd.concat([s[["subjects", "subject"]] for group in runs.values() for s in group]).drop_duplicates()
+    named = pairs[pairs["subject"] != ""]
+    return named.groupby("subjects", sort=False)["subject"].agg(list).to_dict()
+
+
 def _line(
-    name: str, column: str, values: pd.DataFrame, others: Mapping[str, pd.DataFrame | None], settings: Evaluation
+    name: str,
+    column: str,
+    values: pd.DataFrame,
+    others: Mapping[str, pd.DataFrame | None],
+    subjects: Mapping[str, list[str]],
+    settings: Evaluation,
 ) -> dict:
     """A row's value in a column, and its paired differences from `others`, by name."""
-    drawn = statistics.resamples(len(values), settings.bootstrap, settings.seed)
-    line = {"row": ROWS.get(name, name), "column": column, **statistics.estimate(values, drawn)._asdict()}
+    by = statistics.uncertainty(values, subjects, settings)
+    line = {"row": ROWS.get(name, name), "column": column, **statistics.estimate(values, by)._asdict()}
     for of, other in others.items():
-        unpaired = statistics.Estimate(math.nan, math.nan, math.nan)
-        paired = unpaired if other is None else statistics.difference(values, other, drawn)
+        paired = UNPAIRED if other is None else statistics.difference(values, other, by)
         line |= {of: paired.value, f"{of}_low": paired.low, f"{of}_high": paired.high}
     return line | {"units": len(values)}
+
+
+def _distinct(
+    values: pd.DataFrame,
+    base: pd.DataFrame | None,
+    alike: Collection[str],
+    subjects: Mapping[str, list[str]],
+    settings: Evaluation,
+) -> dict:
+    """A row's value, and its difference from its base, over the units that are not `alike`; nothing where none is."""
+    kept, of_base = (None if of is None else of[~of.index.isin(alike)] for of in (values, base))
+    if len(kept) in (0, len(values)):
+        return {}
+    line = _line("", "", kept, {"distinct_difference": of_base}, subjects, settings)
+    found = {"distinct": line["value"], "distinct_low": line["low"], "distinct_high": line["high"]}
+    return found | {k: v for k, v in line.items() if k.startswith("distinct")} | {"distinct_units": len(kept)}
 
 
 def _flatten(values: dict, prefix: str = ""):
