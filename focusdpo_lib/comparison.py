@@ -127,15 +127,20 @@ def oracle_images(results: Path, benchmark: Benchmark, prompts: int | None = Non
 
 
 def load_encoders(
-    benchmark: Benchmark, evaluation: params.Evaluation, families: Mapping[str, params.FamilyRows]
+    benchmark: Benchmark,
+    evaluation: params.Evaluation,
+    families: Mapping[str, params.FamilyRows],
+    results: Path | None = None,
 ) -> Encoders:
     """The encoders of a table, before any image is made for it: what cannot be scored need not be sampled.
+
+    Those of a hub are of the commits that `results` is pinned to.
 
     Raises EncoderError, and BenchmarkError where `evaluation` does not fit the cases or how they are sampled.
     """
     for rows in families.values():
         scores.check(benchmark, evaluation, rows.generation)
-    found = stages.load_encoders(evaluation)
+    found = stages.load_encoders(evaluation, results)
     for family, rows in families.items():
         if found.reader and benchmark.has_attributes and rows.generation.size != found.reader.size:
             raise EncoderError(
@@ -217,8 +222,8 @@ def attribute_table(
         read = [_read_attributes(few, run / IMAGES, encoders, count) for run in made]
         for name in ATTRIBUTES:
             values = statistics.units(read, name, evaluation.average)
-            drawn = statistics.resamples(len(values), evaluation.bootstrap, evaluation.seed)
-            lines.append({"row": row, "attribute": name, **statistics.estimate(values, drawn)._asdict()})
+            by = statistics.uncertainty(values, few.subjects_of, evaluation)
+            lines.append({"row": row, "attribute": name, **statistics.estimate(values, by)._asdict()})
     return pd.DataFrame(lines)
 
 
@@ -248,7 +253,8 @@ def save_table(
 ) -> Path:
     """Keeps a table (text, Markdown, CSV) and its figures at results/tables/<name>, whole, in place of an older one."""
     folder = stages.place(results, "tables", name)
-    with atomic(folder) as partial, Run(partial, {"protocol": result.attrs["protocol"]}, inputs):
+    facts = {name: result.attrs[name] for name in ("protocol", "sampling", "average", "bootstrap", "seed")}
+    with atomic(folder) as partial, Run(partial, facts, inputs):
         for suffix, form in (("txt", tables.text), ("md", tables.markdown)):
             (partial / f"table.{suffix}").write_text(form(result), encoding="utf-8")
         result.to_csv(partial / "table.csv", index=False)

@@ -237,19 +237,51 @@ class Generation(Section):
     prompts: int | None = Field(None, gt=0)  # the first so many prompts of every subject; none: all
 
 
+# What the name of a protocol sets of Evaluation's switches; evaluation/protocols.py says where each is from.
+_WHOLE = {"references": "all", "subjects": "mean", "average": "subject", "clip_precision": "float32"}
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    "uno": {**_WHOLE, "clip_text_weight": 1.0, "clip_text_clamp": True},
+    "patchdpo": {**_WHOLE, "clip_text_weight": 1.0, "clip_text_clamp": False},
+    "mip_adapter": {**_WHOLE, "clip_text_weight": 2.5, "clip_text_clamp": True},
+    "strict": {**_WHOLE, "references": "unused", "subjects": "both", "clip_text_weight": 1.0, "clip_text_clamp": True},
+}
+CUSTOM = "custom"  # the protocol's name where every switch is one's own
+
+
 class Evaluation(Section):
+    protocol: Literal["custom", "uno", "patchdpo", "mip_adapter", "strict"] = CUSTOM  # a name sets the switches of
+    # PROTOCOLS, and one given beside it must agree; custom: each switch as it is given
     references: Literal["all", "used", "unused"] = "all"  # photos a generated image is scored against
     subjects: Literal["both", "mean", "min"] = "both"  # several subjects: their mean, their minimum, or two columns
     average: Literal["subject", "image"] = "subject"  # per subject (or pair) then mean, or over all images
     dino: Place = "toybox"  # a folder or hub id of a ViT; "toybox" is the model shipped with the package
     clip: Place = "toybox"  # "<open_clip name>/<pretrained tag>", "hf-hub:<id>", or a folder that open_clip wrote
+    dino_revision: str | None = None  # commits of models of a hub; none: the first run pins them, in
+    clip_revision: str | None = None  # <results>/revisions
     clip_precision: Literal["float32", "float16", "bfloat16"] = "float32"
     clip_text_weight: float = Field(1.0, gt=0)
     clip_text_clamp: bool = True  # CLIP-T = weight · max(cosine, 0), or the cosine as it is
     reader: Place | None = "toybox"  # recovers attributes; only where the benchmark knows them
     batch_size: int = Field(64, gt=0)  # images an encoder takes at once
-    bootstrap: int = Field(2000, ge=50)  # draws of an interval: fewer have no 2.5 % at either end
+    bootstrap: int = Field(10000, ge=50)  # draws of an interval: fewer have no 2.5 % at either end, and 2000 leave the
+    # ends uncertain by 0.0015
     seed: Seed = 0  # of the bootstrap
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_its_protocol(cls, values: Any) -> Any:
+        """The switches that the protocol's name sets. `subjects: both` adds a column and contradicts no mean."""
+        name = values.get("protocol", CUSTOM) if isinstance(values, dict) else CUSTOM
+        switches = PROTOCOLS.get(name, {}) if isinstance(name, str) else {}
+        against = {
+            k: v for k, v in switches.items() if values.get(k, v) != v and (k, values[k]) != ("subjects", "both")
+        }
+        if against:
+            given = ", ".join(f"{key} = {values[key]!r} (it sets {value!r})" for key, value in against.items())
+            raise ValueError(
+                f"{given} contradicts protocol = {name!r}: leave the switch out, or set protocol to {CUSTOM!r}"
+            )
+        return {**switches, **values} if switches else values
 
 
 class Benchmark(Section):

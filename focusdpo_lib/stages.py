@@ -48,12 +48,29 @@ PREPARED_BY = (
 )  # of masks, before any step
 
 
-def load_encoders(settings: params.Evaluation) -> Encoders:
-    """The encoders of a benchmark, with the toybox's reader where the settings name one. Raises EncoderError."""
+def load_encoders(settings: params.Evaluation, results: Path | None = None) -> Encoders:
+    """The encoders of a benchmark, with the toybox's reader where the settings name one. Raises EncoderError.
+
+    Those of a hub at the commits that `results` is pinned to.
+    """
+    settings = settings if results is None else pinned_encoders(settings, results)
     reader = None
     if settings.reader is not None:
         reader = attributes.load_reader(params.shipped("reader", settings.reader), best_device())
     return encoders.load_encoders(settings, best_device(), reader)
+
+
+def pinned_encoders(settings: params.Evaluation, results: Path) -> params.Evaluation:
+    """The settings with the commit of every encoder of a hub: their own, or the one that `results` is pinned to."""
+    sources = {"dino": settings.dino if backbones.is_hub_id(settings.dino) else None}
+    if settings.clip_revision is None and not Path(params.shipped("clip", settings.clip)).is_dir():
+        sources["clip"] = encoders.clip_repository(settings.clip)
+    found = {
+        f"{name}_revision": backbones.pin(source, results)
+        for name, source in sources.items()
+        if source is not None and getattr(settings, f"{name}_revision") is None
+    }
+    return settings.model_copy(update={name: commit for name, commit in found.items() if commit})
 
 
 def check_training(
@@ -396,7 +413,7 @@ def score(
     processes: int = 1,
 ) -> pd.DataFrame:
     """Stage scores: per-image scores of a generation run, kept as parquet. Several processes encode the images."""
-    benchmark = benchmark.first_prompts(generation.prompts)
+    benchmark, evaluation = benchmark.first_prompts(generation.prompts), pinned_encoders(evaluation, results)
     settings = {"evaluation": evaluation, "kind": benchmark.kind}
     inputs = {"images": Path(images), "benchmark": benchmark.hash, **{k: str(v) for k, v in encoders.ids.items()}}
     job = Run(place(results, f"scores/{benchmark.kind}", run), settings, inputs)

@@ -34,8 +34,13 @@ def pinned(settings: params.Backbone, results: str | Path) -> params.Backbone:
     for name, revision in REVISIONS.items():
         source = getattr(settings, name)
         if source and getattr(settings, revision) is None and is_hub_id(source):
-            found[revision] = _pin(source, home(results) / PINS)
+            found[revision] = pin(source, results)
     return settings.model_copy(update={name: commit for name, commit in found.items() if commit})
+
+
+def pin(source: str, results: str | Path) -> str | None:
+    """The commit of a hub model that `results` is pinned to, and is from now on; None where none can be learned."""
+    return _pin(source, home(results) / PINS)
 
 
 def _pin(source: str, folder: Path) -> str | None:

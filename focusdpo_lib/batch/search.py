@@ -141,7 +141,7 @@ def search(path: Path, results: Path, objectives: Sequence[str] | None = None) -
     settings = read(path)
     source = settings.sections["benchmark"]
     benchmarks = {kind: stages.load_benchmark(results, source, kind, split="validation") for kind in settings.kinds}
-    encoders = stages.load_encoders(settings.sections["evaluation"])
+    encoders = stages.load_encoders(settings.sections["evaluation"], results)
     wanted = [t for t in settings.trials if objectives is None or t.objective in objectives]
     rows, pace = [], []
     for number, trial in enumerate([None, *wanted]):

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError
@@ -31,6 +32,11 @@ Picture = Image.Image | str | Path
 # Whose first token is the class token, on its patches alone: DINO v1 (and the toybox's), DINOv2, DINOv3.
 DINO_TYPES = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
 PUBLISHED = 224  # pixels, of which every published score is; short sides were scaled to 256 before
+# Of the LayerNorms of the DINO v1 that published scores are of. The hub's copies say 1e-12, which is transformers'
+# default and was never trained with. A normalised token changes by eps / (2 · its variance), relatively: scores of
+# random weights (variances of 4e-4 at the input) by 1e-5 to 7e-5, those of trained ones, whose variances are larger,
+# by less, so not in a table's third decimal.
+PUBLISHED_EPS = 1e-6
 
 # A damaged file may hold anything in any place, and its library may fail on that in any way.
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, LookupError, ArithmeticError, TypeError, AttributeError)
@@ -69,8 +75,9 @@ class Encoders:
 
 def load_encoders(settings: Evaluation, device: str = "cpu", reader: AttributeReader | None = None) -> Encoders:
     """The encoders that `settings` name, with the `reader` that is handed in. Raises EncoderError."""
-    dino = DinoEncoder(shipped("dino", settings.dino), device, settings.batch_size)
-    clip = ClipEncoder(shipped("clip", settings.clip), device, settings.batch_size, settings.clip_precision)
+    dino = DinoEncoder(shipped("dino", settings.dino), device, settings.batch_size, settings.dino_revision)
+    of_clip = settings.batch_size, settings.clip_precision, settings.clip_revision
+    clip = ClipEncoder(shipped("clip", settings.clip), device, *of_clip)
     return Encoders(dino, clip, reader)
 
 
@@ -91,25 +98,32 @@ def preprocess(image: Image.Image, resize: int, crop: int, mean: Sequence[float]
 
 
 class DinoEncoder:
-    """The CLS token of a transformers ViT (DINO v1 as published, DINOv2, DINOv3, the toybox's): a folder or hub id."""
+    """The CLS token of a transformers ViT (DINO v1 as published, DINOv2, DINOv3, the toybox's): a folder or hub id.
 
-    def __init__(self, model: str, device: str = "cpu", batch_size: int = 64):
+    A `vit` of the published size is taken for DINO v1 and gets its eps; a smaller one (the toybox's) keeps the eps that
+    it was trained with.
+    """
+
+    def __init__(self, model: str, device: str = "cpu", batch_size: int = 64, revision: str | None = None):
         from transformers import AutoConfig, AutoModel  # seconds, as open_clip below
 
         try:
             with _quietly():
-                kind = AutoConfig.from_pretrained(model).model_type
-                if kind not in DINO_TYPES:
+                config = AutoConfig.from_pretrained(model, revision=revision)
+                if (kind := config.model_type) not in DINO_TYPES:
                     raise ValueError(f"it is a {kind}, and a DINO score needs one of {', '.join(DINO_TYPES)}")
-                loaded, report = AutoModel.from_pretrained(
-                    model, output_loading_info=True, ignore_mismatched_sizes=True
-                )
+                if first := kind == "vit" and config.image_size in (PUBLISHED, [PUBLISHED] * 2, (PUBLISHED,) * 2):
+                    config.layer_norm_eps = PUBLISHED_EPS
+                how = {"config": config, "revision": revision, "output_loading_info": True}
+                loaded, report = AutoModel.from_pretrained(model, **how, ignore_mismatched_sizes=True)
             _require_whole(report)
             size, self.patch = _sides(loaded.config)
         except LOADING_ERRORS as error:
             raise EncoderError(cannot_load("dino", model, error)) from None
         self.model = loaded.eval().to(device)
-        self.id, self.device, self.batch_size = identity(model), device, batch_size
+        self.id = identity(model, revision or getattr(config, "_commit_hash", None))
+        self.id += f" eps {PUBLISHED_EPS:g}" if first else ""
+        self.device, self.batch_size = device, batch_size
         # Published: 256 → 224, also for DINOv2. A model that is smaller (the toybox's) sees the whole image instead.
         self.resize, self.crop = (256, PUBLISHED) if size >= PUBLISHED else (size, size)
 
@@ -133,22 +147,33 @@ class DinoEncoder:
 
 
 class ClipEncoder:
-    """An open_clip model from "<name>/<pretrained tag>", "hf-hub:<id>" or a folder in open_clip's local-dir layout."""
+    """An open_clip model from "<name>/<pretrained tag>", "hf-hub:<id>" or a folder in open_clip's local-dir layout.
 
-    def __init__(self, model: str, device: str = "cpu", batch_size: int = 64, precision: str = "float32"):
+    With a `revision`, the commit of its hub repository, whose files are then read as such a folder.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        device: str = "cpu",
+        batch_size: int = 64,
+        precision: str = "float32",
+        revision: str | None = None,
+    ):
         import open_clip
 
         name, tag = _open_clip_name(model)
         precision = _OPEN_CLIP_PRECISION[precision]
         try:
-            clip = open_clip.create_model(name, tag, precision=precision, device=device, require_pretrained=True)
+            source = (name, tag) if revision is None else (f"local-dir:{_snapshot(model, revision)}", None)
+            clip = open_clip.create_model(*source, precision=precision, device=device, require_pretrained=True)
             self.model = clip.eval()
-            self.tokenizer = open_clip.get_tokenizer(name)
+            self.tokenizer = open_clip.get_tokenizer(source[0] if tag is None else name)
             if torch.equal(*self.tokenizer(["dog", "mug"])):  # where its file is missing, every word is unknown
                 raise ValueError("its tokenizer has no vocabulary")
         except LOADING_ERRORS as error:
             raise EncoderError(cannot_load("clip", model, error)) from None
-        self.id, self.device, self.batch_size = f"{identity(model)} {precision}", device, batch_size
+        self.id, self.device, self.batch_size = f"{identity(model, revision)} {precision}", device, batch_size
         self.dtype = open_clip.get_input_dtype(precision) or torch.float32
         configuration = open_clip.transform.PreprocessCfg(**self.model.visual.preprocess_cfg)
         self.preprocess = open_clip.transform.image_transform_v2(configuration, is_train=False)
@@ -254,11 +279,29 @@ def _open_clip_name(model: str) -> tuple[str, str | None]:
     return name, tag
 
 
-def identity(model: str) -> str:
-    """A hub id or tag as it is; a folder by the content of its files, wherever it lies."""
+def clip_repository(model: str) -> str | None:
+    """The hub repository that open_clip reads a model from ("hf-hub:<id>", "<name>/<tag>"), if any."""
+    import open_clip
+
+    name, tag = _open_clip_name(model)
+    if tag is not None:
+        return (open_clip.get_pretrained_cfg(name, tag) or {}).get("hf_hub", "").rpartition("/")[0] or None
+    return name.removeprefix("hf-hub:") if name.startswith("hf-hub:") else None
+
+
+def _snapshot(model: str, revision: str) -> str:
+    """The folder of a commit's files, fetched where they are not here."""
+    if (repository := clip_repository(model)) is None:
+        raise ValueError("it is no model of a hub, which alone has revisions: set clip_revision to null")
+    files = ["open_clip_config.json", "open_clip_*.safetensors", "*token*.json", "vocab.json", "merges.txt"]
+    return snapshot_download(repository, revision=revision, allow_patterns=files)
+
+
+def identity(model: str, revision: str | None = None) -> str:
+    """A hub id or tag with its commit, where that is known; a folder by the content of its files, wherever it lies."""
     folder = Path(model)
     if not folder.is_dir():
-        return model
+        return f"{model}@{revision[:12]}" if revision else model
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors", ".bin")):
         digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())

@@ -3,7 +3,8 @@
 A table of scores has one row for every image, metric and subject: case, index (of the image within the case), subjects
 ("cat+mug": the unit of the bootstrap), prompt, metric, subject ("" for the whole image), value, weight. `weight` is 1
 but for leakage, where it is the number of attributes that could leak, so that the rate is Σ value·weight / Σ weight.
-`attrs["protocol"]` says how it was measured, and travels with the table through parquet.
+`attrs["protocol"]` says how it was measured, `attrs["same_class_units"]` which pairs share a class word; they travel
+with the table through parquet.
 """
 
 from collections.abc import Mapping
@@ -14,12 +15,14 @@ import pandas as pd
 import torch
 from PIL import Image
 
+from focusdpo_lib.evaluation import protocols
 from focusdpo_lib.evaluation.benchmark import Benchmark, BenchmarkError, Case, open_image
 from focusdpo_lib.evaluation.encoders import Encoders, to_pixels
 from focusdpo_lib.params import Evaluation, Generation
 
 COLUMNS = ("case", "index", "subjects", "prompt", "metric", "subject", "value", "weight")
-SCORING_SETTINGS = ("references", "clip_precision", "clip_text_weight", "clip_text_clamp")  # the rest is for tables
+# The rest is for tables.
+SCORING_SETTINGS = ("protocol", "references", "clip_precision", "clip_text_weight", "clip_text_clamp")
 
 Source = Path | tuple[Path, ...]  # an image file, or references to paste beside each other
 
@@ -53,6 +56,11 @@ def image_files(
 
 def check(benchmark: Benchmark, settings: Evaluation, generation: Generation | None) -> None:
     """Raises BenchmarkError where `settings` cannot score the cases, which can be said before an image is made."""
+    if found := protocols.problems(settings, benchmark.kind, generation):
+        raise BenchmarkError(
+            f"evaluation.protocol '{settings.protocol}' does not fit ({'; '.join(found)}): change what it names, or "
+            f"set evaluation.protocol to another, as '{protocols.CUSTOM}'"
+        )
     if generation and generation.references == "all" and settings.references != "all":
         raise BenchmarkError(
             f"evaluation.references cannot be '{settings.references}' where every photo went in "
@@ -200,4 +208,5 @@ def _paste(references: tuple[Path, ...]) -> Image.Image:
 def _table(rows, benchmark, encoders, settings, generation) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     table.attrs["protocol"] = protocol(benchmark, encoders, settings, generation)
+    table.attrs["same_class_units"] = benchmark.same_class_units
     return table

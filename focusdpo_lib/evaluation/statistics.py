@@ -1,15 +1,29 @@
-"""How sure a mean is: percentile bootstrap over subjects, and the paired difference of two runs on the same subjects.
+"""How sure a mean is, and the paired difference of two runs on the same subjects.
 
-The unit that is drawn is what a case shows: the subject of a single-subject benchmark, the *pair* of subjects of a
-two-subject one (pairs that share a subject are drawn independently, so those intervals are slightly too narrow).
+The unit is what a case shows: the subject of a single-subject benchmark, the *pair* of subjects of a two-subject one.
 Every score of a run becomes two sums a unit, numerator and denominator, and every estimate is
-Σ numerator / Σ denominator over the drawn units: a macro mean (denominators 1), a mean over images, or a rate.
+Σ numerator / Σ denominator over the units: a macro mean (denominators 1), a mean over images, or a rate.
+
+Subjects are drawn anew with replacement (bootstrap). The plain percentile interval of 30 draws of a normal covers the
+truth in 93.7 %, not 95: it takes the spread for that of the sample and knows the normal's quantile where Student's is
+due. So its tails are made smaller until it is as wide as Student's (Hesterberg 2015, the expanded percentile interval):
+measured at 30 units, it covers 95 % of normal scores and 93 % of exponential ones.
+
+Pairs that share a subject are not independent: with UNO's 30 pairs, an interval that takes them so covers 77 % where a
+score is the sum of what its subjects are like. Two-subject tables therefore have the dyadic-robust standard error
+(Fafchamps and Gubert 2007), corrected for few subjects with Student's quantile at Satterthwaite's degrees of freedom
+(Bell and McCaffrey 2002): measured on UNO's pairs, 95 to 98 % of normal scores and 93 to 95 % of exponential ones.
 """
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy import stats
+
+from focusdpo_lib.params import Evaluation
 
 LEVEL = 0.95
 
@@ -63,17 +77,72 @@ def resamples(count: int, draws: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, count, (draws, count))
 
 
-def estimate(table: pd.DataFrame, drawn: np.ndarray) -> Estimate:
-    """The estimate of one row with its interval; `drawn` from `resamples`."""
-    return _interval(_ratio(table), _ratio(table, drawn))
+@dataclass(frozen=True)
+class Dyads:
+    """Pairs of subjects of which some share one: what their standard error and its degrees of freedom need."""
+
+    shared: np.ndarray  # (units, units) of 0 and 1: whether two units have a subject in common, as each with itself
+    inflation: float  # of the variance: the plain one is too small where subjects are few
+    freedom: float
+
+    @classmethod
+    def of(cls, subjects: Sequence[Sequence[str]]) -> "Dyads":
+        """From the subjects of every unit. The correction is exact where a unit's score is the sum of its subjects'.
+
+        Where each unit shares with every other, nothing can be learned of it: they count as independent, with one
+        degree of freedom.
+        """
+        names = sorted({name for unit in subjects for name in unit})
+        shows = np.array([[name in unit for name in names] for unit in subjects], float)
+        together = shows @ shows.T  # a model of the covariance, up to a factor
+        shared = (together > 0).astype(float)
+        centred = np.eye(len(shows)) - 1 / len(shows)
+        weighed = centred @ shared @ centred @ together
+        if (expected := np.trace(weighed)) < 1e-9:
+            return cls(np.eye(len(shows)), len(shows) / max(len(shows) - 1, 1), 1.0)
+        return cls(shared, together.sum() / expected, expected**2 / np.trace(weighed @ weighed))
+
+    def margin(self, influence: np.ndarray) -> float:
+        """Half the interval of Σ influence, the units' parts in an estimate's error; never below that of
+        independent units."""
+        count = len(influence)
+        alone = (influence**2).sum() * count / max(count - 1, 1)
+        together = influence @ self.shared @ influence * self.inflation
+        return stats.t.ppf((1 + LEVEL) / 2, self.freedom) * np.sqrt(max(alone, together))
 
 
-def difference(table: pd.DataFrame, base: pd.DataFrame, drawn: np.ndarray) -> Estimate:
+def uncertainty(
+    units: pd.DataFrame, subjects: Mapping[str, Sequence[str]], settings: Evaluation
+) -> "np.ndarray | Dyads":
+    """What `estimate` and `difference` take for the units of a table: draws, or the dyads where a unit is a pair."""
+    of_units = [subjects.get(name, (name,)) for name in units.index]
+    if any(len(names) > 1 for names in of_units):
+        return Dyads.of(of_units)
+    return resamples(len(units), settings.bootstrap, settings.seed)
+
+
+def estimate(table: pd.DataFrame, by: "np.ndarray | Dyads") -> Estimate:
+    """The estimate of one row with its interval; `by` from `resamples` or `uncertainty`."""
+    return _interval([(table, 1)], by)
+
+
+def difference(table: pd.DataFrame, base: pd.DataFrame, by: "np.ndarray | Dyads") -> Estimate:
     """This row minus the base row on the same units, with the interval of the paired difference."""
     if not table.index.equals(base.index):
         only = sorted(set(table.index) ^ set(base.index))
         raise ValueError(f"a paired difference needs the same subjects in both rows, these are in one only: {only}")
-    return _interval(_ratio(table) - _ratio(base), _ratio(table, drawn) - _ratio(base, drawn))
+    return _interval([(table, 1), (base, -1)], by)
+
+
+def _interval(parts: list[tuple[pd.DataFrame, int]], by: "np.ndarray | Dyads") -> Estimate:
+    """Of a sum of rows, each with its sign."""
+    value = sum(sign * _ratio(table) for table, sign in parts)
+    if isinstance(by, Dyads):
+        margin = by.margin(sum(sign * _influence(table) for table, sign in parts))
+        return Estimate(float(value), float(value - margin), float(value + margin))
+    samples = sum(sign * _ratio(table, by) for table, sign in parts)
+    low, high = np.quantile(samples, [tail := _tail(by.shape[1]), 1 - tail])
+    return Estimate(float(value), float(low), float(high))
 
 
 def _ratio(table: pd.DataFrame, drawn: np.ndarray | None = None) -> np.ndarray:
@@ -84,7 +153,14 @@ def _ratio(table: pd.DataFrame, drawn: np.ndarray | None = None) -> np.ndarray:
     return numerator[drawn].sum(1) / denominator[drawn].sum(1)
 
 
-def _interval(value: float, samples: np.ndarray) -> Estimate:
-    tail = (1 - LEVEL) / 2
-    low, high = np.quantile(samples, [tail, 1 - tail])
-    return Estimate(float(value), float(low), float(high))
+def _influence(table: pd.DataFrame) -> np.ndarray:
+    """(units,) → how far each moves the estimate from what the others say, to first order; they sum to 0."""
+    return ((table["numerator"] - _ratio(table) * table["denominator"]) / table["denominator"].sum()).to_numpy()
+
+
+def _tail(count: int) -> float:
+    """The share of draws beyond each end of an interval of so many units (Hesterberg 2015)."""
+    if count < 2:
+        return 0.0
+    student = stats.t.ppf((1 + LEVEL) / 2, count - 1)
+    return float(stats.norm.cdf(-student * np.sqrt(count / (count - 1))))

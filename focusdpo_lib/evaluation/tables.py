@@ -7,11 +7,13 @@ print(text(result)); markdown(result); html(result)
 
 import math
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import pandas as pd
 
-from focusdpo_lib.evaluation import statistics
+from focusdpo_lib.evaluation import captions, statistics
+from focusdpo_lib.evaluation.protocols import ProtocolError
 from focusdpo_lib.evaluation.published import HEADING, NOTES, published
 from focusdpo_lib.evaluation.rows import FAMILIES, ROWS, family
 from focusdpo_lib.params import Evaluation
@@ -24,13 +26,10 @@ METRICS = {
     "leakage": "leakage rate",
 }
 TITLES = {"single": "Table 1: single subject", "multi": "Table 2: two subjects"}
-SAMPLING = "generation."  # how a protocol's keys begin that say how images are sampled
+SAME_CLASS = "same_class_units"  # of scores' attrs: pairs whose subjects share a class word
+UNPAIRED = statistics.Estimate(math.nan, math.nan, math.nan)
 NOT_DISTINGUISHABLE = "not distinguishable"
 ABSENT = "–"
-
-
-class ProtocolError(ValueError):
-    """Runs that were measured differently were asked into one table; the message says which setting differs."""
 
 
 def table(
@@ -40,6 +39,9 @@ def table(
 ) -> pd.DataFrame:
     """Long table: row, column, value, difference and from_dpo (each with low and high), units, family, seeds.
 
+    And, where pairs of subjects share a class word, distinct and distinct_difference (with low and high): the same
+    over the other pairs alone, distinct_units of them.
+
     A row is one table of scores, or a list of them, one a training seed. The difference is from the row of its family's
     base ("UNO" of "UNO+SFT"); anchors and bases have none. FocusDPO's rows also have that from their family's DPO,
     which is what the paper claims. `trained` says of rows how they were trained, {setting: value}. Raises ProtocolError
@@ -47,8 +49,10 @@ def table(
     one.
     """
     runs = {name: scores if isinstance(scores, list) else [scores] for name, scores in rows.items()}
-    protocol = check_protocol(runs)
+    protocol, sampling = check_protocol(runs)
     known = [name for name in ROWS if name in runs] + [name for name in runs if name not in ROWS]
+    subjects_of = _subjects(runs)
+    alike = {unit for group in runs.values() for scores in group for unit in scores.attrs.get(SAME_CLASS, [])}
     lines = []
     for metric, subjects, column in _columns(settings, protocol):
         having = [n for n in known if any((s["metric"] == metric).any() for s in runs[n])]
@@ -56,45 +60,69 @@ def table(
         for name, values in tables.items():
             base = None if name == family(name) else tables.get(family(name))
             dpo = tables.get(f"{family(name)}_dpo") if name == f"{family(name)}_focusdpo" else None
+            others = {"difference": base, "from_dpo": dpo}
             about = {"family": FAMILIES.get(family(name), ""), "seeds": len(runs[name])}
-            lines.append(_line(name, column, values, {"difference": base, "from_dpo": dpo}, settings) | about)
+            about |= _distinct(values, base, alike, subjects_of, settings)
+            lines.append(_line(name, column, values, others, subjects_of, settings) | about)
     result = pd.DataFrame(lines)
-    result.attrs |= {"protocol": protocol, "bootstrap": settings.bootstrap}
+    result.attrs |= {"protocol": protocol, "sampling": sampling, "average": settings.average}
+    result.attrs |= {"bootstrap": settings.bootstrap, "seed": settings.seed}
     result.attrs["trained"] = {ROWS[name]: dict(how) for name, how in (trained or {}).items()}
     return result
 
 
-def check_protocol(runs: Mapping[str, list[pd.DataFrame]]) -> dict:
-    """The one protocol of all runs, flat; what was sampled how stands under "generation.<family>.".
+def check_protocol(runs: Mapping[str, list[pd.DataFrame]]) -> tuple[dict, dict[str, dict | str]]:
+    """(the one protocol of all runs, flat; how images were sampled, by family or, of a row that has none, by row).
 
-    Anchors, which generate nothing, are free of that part, and rows of two families are not compared in it.
+    Sampling is a matter of a family: its rows must agree in it, and no others. Anchors, which generate nothing, are
+    free of it. Raises ProtocolError that says all in which two rows differ.
     """
-    first, shared = {}, {}
+    protocol: dict[str, Any] = {}
+    sampling: dict[str, dict | str] = {}
+    first: dict[str, str] = {}  # the row that the others of its group (all: "") are held against
     for name, scores in ((n, s) for n, group in runs.items() for s in group):
         if "protocol" not in scores.attrs:
             raise ProtocolError(f"the scores of '{name}' do not say how they were measured: score the images again")
-        for key, value in _flatten(scores.attrs["protocol"]):
-            place = key.replace(SAMPLING, f"{SAMPLING}{family(name)}.") if key.startswith(SAMPLING) else key
-            other, expected = first.setdefault(place, (name, value))
-            if expected != value:
-                raise ProtocolError(
-                    f"'{other}' and '{name}' cannot stand in one table: {key} is {expected!r} in the one and "
-                    f"{value!r} in the other; measure both the same way"
-                )
-            shared |= {} if value is None else {place: value}
-    return shared
+        measured = dict(scores.attrs["protocol"])
+        how, group = measured.pop("generation"), family(name) or name
+        flat = {key: value for key, value in _flatten(measured) if value is not None}
+        protocol = protocol or flat
+        _agree(first.setdefault("", name), name, _differences(protocol, flat))
+        if how is not None:
+            known = sampling.setdefault(group, how)
+            _agree(first.setdefault(group, name), name, _differences(known, how, "generation."))
+    return protocol, sampling
 
 
-def wide(result: pd.DataFrame) -> pd.DataFrame:
-    """A row a method, a column a metric, cells "0.812 [0.790, 0.833]"."""
-    cells = [f"{v:.3f} [{lo:.3f}, {hi:.3f}]" for v, lo, hi in result[["value", "low", "high"]].itertuples(index=False)]
+def _agree(one: str, other: str, differences: list[str]) -> None:
+    if differences:
+        raise ProtocolError(
+            f"'{one}' and '{other}' cannot stand in one table: {'; '.join(differences)}; measure both the same way"
+        )
+
+
+def _differences(one: Mapping[str, Any] | str, other: Mapping[str, Any] | str, prefix: str = "") -> list[str]:
+    """In what two sets of settings differ, a clause each; either may be "unknown" as a whole."""
+    if isinstance(one, str) or isinstance(other, str):
+        return [] if one == other else [f"{prefix[:-1]} is {one!r} in the one and {other!r} in the other"]
+    return [
+        f"{prefix}{key} is {one.get(key)!r} in the one and {other.get(key)!r} in the other"
+        for key in dict.fromkeys([*one, *other])
+        if one.get(key) != other.get(key)
+    ]
+
+
+def wide(result: pd.DataFrame, of: str = "value") -> pd.DataFrame:
+    """A row a method, a column a metric, cells "0.812 [0.790, 0.833]". `of` "distinct": without pairs of one class."""
+    ends = ["low", "high"] if of == "value" else [f"{of}_low", f"{of}_high"]
+    cells = [f"{v:.3f} [{lo:.3f}, {hi:.3f}]" for v, lo, hi in result[[of, *ends]].itertuples(index=False)]
     return _pivot(result, cells)
 
 
 def differences(result: pd.DataFrame, of: str = "difference") -> pd.DataFrame:
     """Paired differences from each row's own base in that layout; "not distinguishable" where the interval holds 0.
 
-    With "from_dpo" those of FocusDPO from DPO.
+    With "from_dpo" those of FocusDPO from DPO, with "distinct_difference" without pairs of one class.
     """
     kept = result[result[of].notna()]
     columns = [of, f"{of}_low", f"{of}_high"]
@@ -143,53 +171,43 @@ def html(result: pd.DataFrame) -> str:
 def _document(result: pd.DataFrame, grid: Callable, heading: Callable, paragraph: Callable) -> str:
     """Our table, its differences, and under a heading of its own what the paper published."""
     of = kind(result.attrs["protocol"])
-    parts = [heading(TITLES[of]), paragraph(_caption(result, of)), grid(wide(result))]
+    parts = [
+        heading(TITLES[of]),
+        paragraph(captions.caption(result, of, (result["column"] == METRICS["leakage"]).any())),
+        grid(wide(result)),
+    ]
     if result["difference"].notna().any():
         title = f"Paired difference from {_bases(result)}, same subjects (95 % interval)"
         parts += [heading(title), grid(differences(result))]
     if result["from_dpo"].notna().any():
         title = "Paired difference of FocusDPO from DPO, same subjects (95 % interval)"
         parts += [heading(title), grid(differences(result, "from_dpo"))]
+    if "distinct" in result:
+        parts += _without_pairs_alike(result, grid, heading, paragraph)
     if trained := result.attrs["trained"]:
         parts += [heading("How the rows were trained"), grid(pd.DataFrame(trained).T.fillna(ABSENT))]
     parts += [heading(HEADING), grid(published(of).map("{:.3f}".format)), *map(paragraph, NOTES[of])]
     return "\n\n".join(parts) + "\n"
 
 
+def _without_pairs_alike(result: pd.DataFrame, grid: Callable, heading: Callable, paragraph: Callable) -> list[str]:
+    """The table once more, and its differences, over the pairs whose subjects bear different names."""
+    left, every = int(result["distinct_units"].max()), int(result["units"].max())
+    why = f"The subjects of {every - left} of the {every} pairs share a class word, so that their prompts cannot tell "
+    parts = [heading(f"Without pairs that share a class word ({left} of {every})"), paragraph(f"{why}which is which.")]
+    parts.append(grid(wide(result, "distinct")))
+    if result["distinct_difference"].notna().any():
+        parts += [
+            paragraph(f"Paired difference from {_bases(result)}:"),
+            grid(differences(result, "distinct_difference")),
+        ]
+    return parts
+
+
 def _bases(result: pd.DataFrame) -> str:
     """ "UNO", or "the row's own base, UNO or IPAP"."""
     bases = list(dict.fromkeys(result.loc[result["difference"].notna(), "family"]))
     return bases[0] if len(bases) == 1 else f"the row's own base, {' or '.join(bases)}"
-
-
-def _caption(result: pd.DataFrame, of: str) -> str:
-    drawn = {"single": "subjects", "multi": "pairs of subjects"}[of]
-    seeds = result.drop_duplicates("row").groupby("seeds")["row"].agg(", ".join)
-    averaged = "".join(f" Mean over {n} training seeds: {rows}." for n, rows in seeds.items() if n > 1)
-    leaks = " Of the leakage rate, less is better." if (result["column"] == METRICS["leakage"]).any() else ""
-    protocol = result.attrs["protocol"]
-    measured = ", ".join(f"{key} = {value}" for key, value in protocol.items() if not key.startswith(SAMPLING))
-    return (
-        f"Mean [95 % interval, bootstrap of {result.attrs['bootstrap']} draws over {result['units'].max()} {drawn}]."
-        f"{averaged}{leaks} Measured with {measured}.{''.join(_sampling(protocol))}"
-    )
-
-
-def _sampling(protocol: dict) -> Iterator[str]:
-    """How images were sampled, a sentence what all families have alike and one a family for what differs."""
-    by_family: dict[str, dict] = {}
-    for key, value in protocol.items():
-        if key.startswith(SAMPLING):
-            name, _, setting = key.removeprefix(SAMPLING).partition(".")
-            by_family.setdefault(name, {})[setting] = value
-    every = list(by_family.values())
-    alike = {k: v for k, v in every[0].items() if all(other.get(k) == v for other in every)} if every else {}
-    names = [FAMILIES.get(name, "the other rows") for name in by_family]
-    own = [{k: v for k, v in settings.items() if k not in alike} for settings in every]
-    for who, settings in [(names, alike), *zip([[name] for name in names], own, strict=True)]:
-        if settings:
-            how = ", ".join(f"{key} = {value}" for key, value in settings.items())
-            yield f" {' and '.join(who)} {'were' if len(who) > 1 else 'was'} sampled with {how}."
 
 
 def _columns(settings: Evaluation, protocol: dict) -> list[tuple[str, str, str]]:
@@ -211,25 +229,52 @@ def kind(protocol: dict) -> str:
     return protocol["benchmark"].split()[0]
 
 
+def _subjects(runs: Mapping[str, list[pd.DataFrame]]) -> dict[str, list[str]]:
+    """The subjects of every unit, as its scores name them."""
+    pairs = pd.concat([s[["subjects", "subject"]] for group in runs.values() for s in group]).drop_duplicates()
+    named = pairs[pairs["subject"] != ""]
+    return named.groupby("subjects", sort=False)["subject"].agg(list).to_dict()
+
+
 def _line(
-    name: str, column: str, values: pd.DataFrame, others: Mapping[str, pd.DataFrame | None], settings: Evaluation
+    name: str,
+    column: str,
+    values: pd.DataFrame,
+    others: Mapping[str, pd.DataFrame | None],
+    subjects: Mapping[str, list[str]],
+    settings: Evaluation,
 ) -> dict:
     """A row's value in a column, and its paired differences from `others`, by name."""
-    drawn = statistics.resamples(len(values), settings.bootstrap, settings.seed)
-    line = {"row": ROWS.get(name, name), "column": column, **statistics.estimate(values, drawn)._asdict()}
+    by = statistics.uncertainty(values, subjects, settings)
+    line = {"row": ROWS.get(name, name), "column": column, **statistics.estimate(values, by)._asdict()}
     for of, other in others.items():
-        unpaired = statistics.Estimate(math.nan, math.nan, math.nan)
-        paired = unpaired if other is None else statistics.difference(values, other, drawn)
+        paired = UNPAIRED if other is None else statistics.difference(values, other, by)
         line |= {of: paired.value, f"{of}_low": paired.low, f"{of}_high": paired.high}
     return line | {"units": len(values)}
 
 
+def _distinct(
+    values: pd.DataFrame,
+    base: pd.DataFrame | None,
+    alike: Collection[str],
+    subjects: Mapping[str, list[str]],
+    settings: Evaluation,
+) -> dict:
+    """A row's value, and its difference from its base, over the units that are not `alike`; nothing where none is."""
+    kept, of_base = (None if of is None else of[~of.index.isin(alike)] for of in (values, base))
+    if len(kept) in (0, len(values)):
+        return {}
+    line = _line("", "", kept, {"distinct_difference": of_base}, subjects, settings)
+    found = {"distinct": line["value"], "distinct_low": line["low"], "distinct_high": line["high"]}
+    return found | {k: v for k, v in line.items() if k.startswith("distinct")} | {"distinct_units": len(kept)}
+
+
 def _flatten(values: dict, prefix: str = ""):
-    """Pairs such as ("generation.steps", 20); the missing generation of an anchor gives none."""
+    """Pairs such as ("evaluation.references", "all")."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _flatten(value, f"{prefix}{key}.")
-        elif (key, value) != ("generation", None):
+        else:
             yield f"{prefix}{key}", value
 
 
