@@ -120,6 +120,12 @@ class Dip(Section):
     seed: Seed = 0
 
 
+class Chain(Section):
+    """How the chain of Figure 4 runs; what its stages make does not depend on it."""
+
+    part_size: int = Field(64, gt=0)  # drafts a file: held in memory together, and lost by a process that is killed
+
+
 class Masks(Section):
     similarity: Literal["cosine", "printed"] = "cosine"  # R1
     layers: Literal["double", "all"] | Annotated[list[Layer], Field(min_length=1), AfterValidator(distinct)] = (
@@ -336,6 +342,7 @@ class Families(Section):
 SECTIONS: dict[str, type[Section]] = {
     "backbone": Backbone,
     "dip": Dip,
+    "chain": Chain,
     "masks": Masks,
     "objective": Objective,
     "training": Training,

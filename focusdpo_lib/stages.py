@@ -9,7 +9,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial as given
 from pathlib import Path
@@ -19,8 +19,10 @@ from huggingface_hub import try_to_load_from_cache
 
 from focusdpo_lib import backbones, cluster, params, provenance, runs, workers
 from focusdpo_lib.backbones import best_device
-from focusdpo_lib.dip import dataset
+from focusdpo_lib.dip import dataset, toybox_stages
 from focusdpo_lib.dip import toybox as dip_toybox
+from focusdpo_lib.dip.chain import Stage
+from focusdpo_lib.dip.run import Plan, run_chain
 from focusdpo_lib.evaluation import encoders
 from focusdpo_lib.evaluation.benchmark import KINDS, Benchmark, BenchmarkError
 from focusdpo_lib.evaluation.embeddings import EMBEDDINGS, embed_into, embedded
@@ -144,6 +146,37 @@ def build_pairs(results: Path, run: str, dip: params.Dip) -> Path:
             with job:
                 dip_toybox.build(dip, job.folder)
     return job.folder
+
+
+def make_drafts(
+    results: Path,
+    run: str,
+    plan: Plan,
+    made_by: Sequence[Stage],
+    settings: Mapping[str, params.Section],
+    chain: params.Chain,
+    draft_bytes: int,
+    inputs: Mapping[str, Path | str] | None = None,
+    processes: int = 1,
+) -> Path:
+    """Stage chain: a plan's drafts through the stages of Figure 4, in several processes; returns the run's folder.
+
+    `settings` and `inputs` are all that the plan and the stages depend on; `draft_bytes` is what a draft takes on disk.
+    """
+    job = Run(place(results, "chain", run), {**settings, "chain": chain}, inputs)
+    with job.alone():
+        if not job.complete:
+            with job:
+                run_chain(job.folder, plan, made_by, chain.part_size, draft_bytes, processes)
+    return job.folder
+
+
+def toybox_drafts(results: Path, run: str, dip: params.Dip, chain: params.Chain, processes: int = 1) -> Path:
+    """`make_drafts` of the toybox: the pairs of `build_pairs`, by stages that can be looked at one by one."""
+    made_by = [toybox_stages.ToyboxStage(name, dip) for name in toybox_stages.MAKERS]
+    plan = given(toybox_stages.plan, dip)
+    size = toybox_stages.DRAFT_BYTES
+    return make_drafts(results, run, plan, made_by, {"dip": dip}, chain, size, processes=processes)
 
 
 def place(results: str | Path, stage: str, run: str) -> Path:

@@ -13,6 +13,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from focusdpo_lib.pictures import PictureError
+
+
+class Unfit(ValueError):
+    """Raised where one draft is looked at alone: it falls out for this reason, in words that the run sheet counts."""
+
 
 @dataclass(frozen=True, eq=False)
 class Draft:
@@ -34,7 +40,8 @@ class Draft:
     disrupted_captions: tuple[str, ...] = ()  # from disruption
     lose: np.ndarray | None = None  # from disruption
     disruption: dict[str, Any] = field(default_factory=dict)
-    scores: dict[str, float] = field(default_factory=dict)  # from curation
+    scores: dict[str, float] = field(default_factory=dict)  # from scoring
+    signature: bytes = b""  # from scoring: what near-duplicates have in common
     provenance: dict[str, Any] = field(default_factory=dict)  # what made it: by stage its models, seeds, tokens used …
     dropped_by: str = ""  # the stage that dropped it; none while it is in
     dropped: str = ""  # and why, in words that the run sheet counts: no number or name in them
@@ -54,3 +61,21 @@ class Stage(Protocol):
 
     def open(self) -> Maker:
         """Loads its models, once a process, and returns what makes drafts of drafts, in batches of its own size."""
+
+
+def one_by_one(stage: str, make: Callable[[Draft], Draft]) -> Maker:
+    """The maker of a stage that looks at one draft at a time: Unfit drops it, and so does a picture without use.
+
+    What else `make` raises ends the run: of a server that is gone or a full disk no draft is guilty.
+    """
+
+    def made(draft: Draft) -> Draft:
+        try:
+            return make(draft)
+        except Unfit as why:
+            return draft.drop(stage, str(why))
+        except PictureError as error:  # its sentence has names and numbers
+            noted = replace(draft, provenance=draft.provenance | {stage: {"error": str(error)}})
+            return noted.drop(stage, "a picture that cannot be used")
+
+    return lambda drafts: [made(draft) for draft in drafts]

@@ -71,17 +71,21 @@ def encode(pair: Pair) -> dict[str, Any]:
     return {
         **{name: getattr(pair, name) for name in ("id", "prompt", "split")},
         **{name: list(getattr(pair, name)) for name in ("subjects", "captions", "disrupted_captions")},
-        **{name: _png(getattr(pair, name)) for name in ("win", "lose")},
-        "references": [_png(image) for image in pair.references],
-        **{name: [_png(m.astype(np.uint8) * 255) for m in getattr(pair, name)] for name in ("masks", REFERENCE_MASKS)},
+        **{name: _stored_png(getattr(pair, name)) for name in ("win", "lose")},
+        **{name: list(map(_stored_png, getattr(pair, name))) for name in ("references", "masks", REFERENCE_MASKS)},
         **{name: json.dumps(getattr(pair, name), ensure_ascii=False) for name in ("disruption", "provenance")},
     }
 
 
-def _png(image: np.ndarray) -> dict[str, Any]:
+def _stored_png(image: np.ndarray) -> dict[str, Any]:
+    return {"bytes": png(image), "path": None}
+
+
+def png(image: np.ndarray) -> bytes:
+    """An image (H, W, 3) of uint8, or a mask (H, W) of bool as 0 and 255, as a PNG file."""
     buffer = io.BytesIO()
-    PILImage.fromarray(image).save(buffer, "PNG")
-    return {"bytes": buffer.getvalue(), "path": None}
+    PILImage.fromarray(image.astype(np.uint8) * 255 if image.dtype == bool else image).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def decode(row: Mapping[str, Any], path: Path, classes: Mapping[str, list[str]]) -> Pair:
@@ -90,7 +94,7 @@ def decode(row: Mapping[str, Any], path: Path, classes: Mapping[str, list[str]])
     Beside the kit's own rows it takes those whose meaning is as clear: pictures as bytes or as paths (to the file's
     folder or absolute), class labels, ids that are numbers, and one entry alone where a list is due.
     """
-    reader = _Row(row, path, classes)
+    reader = Row(row, path, classes)
     return Pair(
         **{name: reader.text(name) for name in ("id", "prompt", "split")},
         **{name: reader.texts(name) for name in ("subjects", "captions", "disrupted_captions")},
@@ -119,7 +123,9 @@ def _list(value: Any) -> list:
     return [] if value is None else [value]
 
 
-class _Row:
+class Row:
+    """A row of the file `path`, column by column; what cannot be used raises DatasetError."""
+
     def __init__(self, row: Mapping[str, Any], path: Path, classes: Mapping[str, list[str]]):
         self.row, self.path, self.classes = row, path, classes
 

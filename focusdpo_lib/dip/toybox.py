@@ -12,9 +12,10 @@ The class never changes. No winner or reference shows an identity of another spl
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from focusdpo_lib.toybox.world import (
     COLOURS,
     PATTERNS,
     Identity,
+    Scene,
     halve,
     halve_mask,
     photo_and_mask,
@@ -59,20 +61,37 @@ def _pairs(settings: Dip, split: str, count: int) -> Iterator[Pair]:
         yield make_pair(settings, split, index)
 
 
-def make_pair(settings: Dip, split: str, index: int) -> Pair:
-    """The pair number `index` of a split."""
+@dataclass(frozen=True)
+class Drawn:
+    """What chance decides of a pair."""
+
+    kind: str  # change or swap
+    strength: int
+    disturbed: tuple[Identity, ...]  # of the loser, in place of the scene's own
+    scene: Scene
+    seeds: list[int]  # of the references' photos
+
+
+def draw(settings: Dip, split: str, index: int) -> Drawn:
+    """Of the pair number `index` of a split."""
     rng = np.random.default_rng([settings.seed, SPLITS.index(split), index])
     count = 1 + int(rng.uniform() < settings.two_subject_share)
     kind = "swap" if count == 2 and rng.uniform() < settings.swap_share else "change"
     strength = settings.strengths[rng.integers(len(settings.strengths))]
     identities, disturbed = _sample_disturbance(rng, kind, count, strength, split)
     scene = sample_scene(rng, identities)
-    seeds = [int(seed) for seed in rng.integers(2**31, size=count)]
+    return Drawn(kind, strength, disturbed, scene, [int(seed) for seed in rng.integers(2**31, size=count)])
+
+
+def make_pair(settings: Dip, split: str, index: int) -> Pair:
+    """The pair number `index` of a split."""
+    drawn = draw(settings, split, index)
+    scene, identities = drawn.scene, drawn.scene.identities
     win, masks = render(scene)
-    lose, _ = render(with_identities(scene, disturbed))
-    photos, photo_masks = zip(*(photo_and_mask(*drawn) for drawn in zip(identities, seeds, strict=True)), strict=True)
+    lose, _ = render(with_identities(scene, drawn.disturbed))
+    photos, photo_masks = zip(*map(photo_and_mask, identities, drawn.seeds), strict=True)
     return Pair(
-        id=f"{split}-{index:05d}",
+        id=identifier(split, index),
         prompt=scene.caption,
         win=win,
         lose=lose,
@@ -80,23 +99,34 @@ def make_pair(settings: Dip, split: str, index: int) -> Pair:
         masks=tuple(masks),
         reference_masks=tuple(map(halve_mask, photo_masks)),
         subjects=tuple(identity.class_name for identity in identities),
-        captions=tuple(describe(identity) for identity in identities),
-        disrupted_captions=tuple(describe(identity) for identity in disturbed),
-        disruption={
-            "kind": kind,
-            "strength": strength,
-            "changes": [changes(a, b) for a, b in zip(identities, disturbed, strict=True)],
-        },
-        provenance={
-            "generator": __name__,
-            "seed": settings.seed,
-            "index": index,
-            "scene": asdict(scene),
-            "lose_identities": [asdict(identity) for identity in disturbed],
-            "reference_seeds": seeds,
-        },
+        captions=tuple(map(describe, identities)),
+        disrupted_captions=tuple(map(describe, drawn.disturbed)),
+        disruption=disruption(drawn),
+        provenance=provenance(settings, index, drawn),
         split=split,
     )
+
+
+def identifier(split: str, index: int) -> str:
+    return f"{split}-{index:05d}"
+
+
+def disruption(drawn: Drawn) -> dict[str, Any]:
+    """What a row says of how its loser differs."""
+    pairs = zip(drawn.scene.identities, drawn.disturbed, strict=True)
+    return {"kind": drawn.kind, "strength": drawn.strength, "changes": [changes(a, b) for a, b in pairs]}
+
+
+def provenance(settings: Dip, index: int, drawn: Drawn) -> dict[str, Any]:
+    """What it takes to make a row again."""
+    return {
+        "generator": __name__,
+        "seed": settings.seed,
+        "index": index,
+        "scene": asdict(drawn.scene),
+        "lose_identities": [asdict(identity) for identity in drawn.disturbed],
+        "reference_seeds": drawn.seeds,
+    }
 
 
 def describe(identity: Identity) -> str:

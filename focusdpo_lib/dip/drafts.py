@@ -1,0 +1,107 @@
+"""Drafts on disk: a part of a stage is one parquet file, the same to the byte whenever and wherever it is made."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from focusdpo_lib import pictures
+from focusdpo_lib.dip.chain import Draft
+from focusdpo_lib.dip.rows import Row, png
+from focusdpo_lib.runs import RunError, atomic, plain
+
+TEXT = ("id", "prompt", "split", "dropped_by", "dropped")
+TEXTS = ("subjects", "identities", "captions", "disrupted_captions")
+PICTURE = ("win", "lose")
+PICTURES = ("references", "masks", "reference_masks")
+NOTES = ("disruption", "scores", "provenance")  # JSON
+SCHEMA = pa.schema(
+    {
+        **{name: pa.string() for name in (*TEXT, *NOTES)},
+        **{name: pa.list_(pa.string()) for name in TEXTS},
+        **{name: pa.binary() for name in PICTURE},  # PNG; none while there is none
+        **{name: pa.list_(pa.binary()) for name in PICTURES},
+        "signature": pa.binary(),
+    }
+)
+Encoded = dict[int, tuple[np.ndarray, bytes]]  # by id(), arrays that were read and the PNG files that they were
+
+
+def part(folder: str | Path, stage: str, number: int) -> Path:
+    """The file of a stage's part number `number` in a run's folder."""
+    return Path(folder) / stage / f"part-{number:05d}.parquet"
+
+
+def parts(folder: str | Path, stage: str) -> list[Path]:
+    """The parts of a stage that are there, in order."""
+    return sorted((Path(folder) / stage).glob("part-*.parquet"))
+
+
+def table(drafts: Sequence[Draft], encoded: Encoded | None = None) -> pa.Table:
+    """Drafts as a part holds them. A picture that is in `encoded` is as it was read, and so is its file."""
+    return pa.Table.from_pylist([_encode(draft, encoded or {}) for draft in drafts], SCHEMA)
+
+
+def write(path: Path, rows: pa.Table) -> None:
+    """Writes a part, whole or not at all."""
+    with atomic(path) as partial:
+        pq.write_table(rows, partial, write_page_checksum=True)
+
+
+def read(path: Path, encoded: Encoded | None = None) -> list[Draft]:
+    """The drafts of a part, their pictures decoded (not to be written into), whose files `encoded` is told.
+
+    Raises RunError where the file is damaged.
+    """
+    try:
+        rows = pq.read_table(path, page_checksum_verification=True).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise RunError(f"{path} cannot be read ({str(error).splitlines()[0]}): delete it and run again") from None
+    return [_decode(row, path, {} if encoded is None else encoded) for row in rows]
+
+
+def columns(folder: str | Path, stage: str, names: Sequence[str]) -> pa.Table:
+    """Some columns of all parts of a stage, in order, without decoding what the others hold."""
+    none = pa.schema([SCHEMA.field(name) for name in names]).empty_table()
+    return pa.concat_tables([none, *(pq.read_table(path, columns=list(names)) for path in parts(folder, stage))])
+
+
+def _encode(draft: Draft, encoded: Encoded) -> dict[str, Any]:
+    def picture(image: np.ndarray | None) -> bytes | None:
+        if image is None:
+            return None
+        return encoded[id(image)][1] if id(image) in encoded else png(image)
+
+    return {
+        **{name: getattr(draft, name) for name in (*TEXT, "signature")},
+        **{name: list(getattr(draft, name)) for name in TEXTS},
+        **{name: json.dumps(plain(getattr(draft, name), name), ensure_ascii=False) for name in NOTES},
+        **{name: picture(getattr(draft, name)) for name in PICTURE},
+        **{name: [picture(image) for image in getattr(draft, name)] for name in PICTURES},
+    }
+
+
+def _decode(row: dict[str, Any], path: Path, encoded: Encoded) -> Draft:
+    reader = Row(row, path, {})
+
+    def picture(name: str, stored: bytes, read=pictures.read) -> np.ndarray:
+        image = reader.picture(name, stored, read)
+        image.setflags(write=False)
+        encoded[id(image)] = image, stored  # held, so that no other array gets its id
+        return image
+
+    def several(name: str) -> tuple[np.ndarray, ...]:
+        read = pictures.read if name == "references" else pictures.read_mask
+        return tuple(picture(f"{name}[{i}]", stored, read) for i, stored in enumerate(row[name]))
+
+    return Draft(
+        **{name: row[name] for name in (*TEXT, "signature")},
+        **{name: tuple(row[name]) for name in TEXTS},
+        **{name: reader.notes(name) for name in NOTES},
+        **{name: None if row[name] is None else picture(name, row[name]) for name in PICTURE},
+        **{name: several(name) for name in PICTURES},
+    )
