@@ -13,7 +13,7 @@ from IPython.display import HTML
 from matplotlib.figure import Figure
 from PIL import Image
 
-from focusdpo_lib import backbones, params, runs, stages
+from focusdpo_lib import backbones, external, params, runs, stages
 from focusdpo_lib.evaluation import scores, statistics, tables
 from focusdpo_lib.evaluation.benchmark import Benchmark
 from focusdpo_lib.evaluation.encoders import EncoderError, Encoders, to_pixels
@@ -170,6 +170,27 @@ def make_images(
     return folders
 
 
+def external_images(
+    results: Path,
+    benchmark: Benchmark,
+    rows: params.External,
+    families: Mapping[str, params.FamilyRows],
+    taken: Sequence[str] = (),
+) -> dict[str, list[Path]]:
+    """Kept images by row, of rows that other systems made, beside the rows `taken`. Raises as `external.keep` does."""
+    found = {}
+    for given in rows.rows:
+        external.check_name(given.row, taken)
+        how = given.sampling.model_copy(update={"prompts": prompts(families)})
+        found[given.row] = [external.keep(results, benchmark, given.model_copy(update={"sampling": how}))]
+    return found
+
+
+def sources(theirs: Mapping[str, Sequence[Path]]) -> dict[str, str]:
+    """Where the rows of `external_images` come from, in words."""
+    return {row: external.source(folders[0]) for row, folders in theirs.items()}
+
+
 def prompts(families: Mapping[str, params.FamilyRows]) -> int | None:
     """How many prompts of every subject are taken (none: all), the same in all families of a table."""
     return next(rows.generation.prompts for rows in families.values())
@@ -201,6 +222,9 @@ def score_rows(
     for row, made in folders.items():
         if row == ORACLE:  # an anchor: no sampling settings stand behind it
             rows[row] = [scores.score_images(few, made[0] / IMAGES, encoders, evaluation, None)]
+        elif not family_of(row):  # another system's
+            how = encoders, evaluation, prompts(families), processes
+            rows[row] = [external.score(results, benchmark, run, *how) for run in made]
         else:
             how = encoders, evaluation, families[family_of(row)].generation, processes
             rows[row] = [stages.score(results, run.name, benchmark, run, *how) for run in made]
@@ -218,13 +242,20 @@ def attribute_table(
     few = benchmark.first_prompts(prompts(families))
     lines = []
     for row, made in folders.items():
-        count = 1 if row == ORACLE else families[family_of(row)].generation.images_per_prompt
+        count = _images_per_prompt(row, made, families)
         read = [_read_attributes(few, run / IMAGES, encoders, count) for run in made]
         for name in ATTRIBUTES:
             values = statistics.units(read, name, evaluation.average)
             by = statistics.uncertainty(values, few.subjects_of, evaluation)
             lines.append({"row": row, "attribute": name, **statistics.estimate(values, by)._asdict()})
     return pd.DataFrame(lines)
+
+
+def _images_per_prompt(row: str, made: Sequence[Path], families: Mapping[str, params.FamilyRows]) -> int:
+    if row == ORACLE:
+        return 1
+    of = families[family_of(row)].generation if family_of(row) else external.sampled(made[0])
+    return of.images_per_prompt
 
 
 def _read_attributes(benchmark: Benchmark, images: Path, encoders: Encoders, count: int) -> pd.DataFrame:

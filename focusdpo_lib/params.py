@@ -24,6 +24,7 @@ def _says_something(text: str) -> str:
 Name = Annotated[str, AfterValidator(_says_something)]
 Place = Annotated[Name, AfterValidator(os.path.expanduser)]  # a path, whose ~ is the user's folder, or a name instead
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Pixels = Annotated[int, Field(gt=0)]
 SHIPPED = Path(__file__).parent / "toybox" / "weights"  # what a setting calls "toybox"
 
 
@@ -297,6 +298,44 @@ class Benchmark(Section):
     multi: Place | None = None  # of its two-subject cases; uno: as there; none: its own cases_multi.json
 
 
+class Sampled(Section):
+    """How another system sampled its images, as far as that is known: beside these two, any settings of its own."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
+    __pydantic_extra__: dict[str, str | int | float | bool]
+
+    references: Literal["listed", "all", "unknown"] = "unknown"  # what went in, as in Generation
+    images_per_prompt: int = Field(1, gt=0)
+    prompts: int | None = Field(None, gt=0)  # the table's; the first so many of every subject are looked for
+
+
+class ExternalRow(Section):
+    """Images that another system made: a row of a table, and where it comes from."""
+
+    row: RunName  # its name in the table
+    folder: Place
+    layout: Literal["uno", "patchdpo", "case"]  # of the folder; see evaluation/layouts.py
+    repository: str = "unknown"
+    commit: str = "unknown"
+    command: str = "unknown"
+    size: Pixels | Annotated[list[Pixels], Field(min_length=2, max_length=2)] | None = None  # of its images: a side, or
+    # width and height; none: square, and as most of them are
+    sampling: Sampled = Sampled()
+
+
+class External(Section):
+    """The rows of a table whose images other systems made."""
+
+    rows: list[ExternalRow] = []
+
+    @model_validator(mode="after")
+    def _each_once(self):
+        names = [given.row for given in self.rows]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{', '.join(twice)} stands in rows more than once: give each row a name of its own")
+        return self
+
+
 class Adapters(Section):
     """The training runs behind a family's rows, one a training seed."""
 
@@ -354,6 +393,7 @@ SECTIONS: dict[str, type[Section]] = {
     "evaluation": Evaluation,
     "benchmark": Benchmark,
     "families": Families,
+    "external": External,
 }
 
 

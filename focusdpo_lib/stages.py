@@ -442,10 +442,13 @@ def score(
     images: Path,
     encoders: Encoders,
     evaluation: params.Evaluation,
-    generation: params.Generation,
+    generation: params.Generation | params.Sampled,
     processes: int = 1,
 ) -> pd.DataFrame:
-    """Stage scores: per-image scores of a generation run, kept as parquet. Several processes encode the images."""
+    """Stage scores: per-image scores of a generation run, or of a kept row of another system's images, as parquet.
+
+    Several processes encode the images.
+    """
     benchmark, evaluation = benchmark.first_prompts(generation.prompts), pinned_encoders(evaluation, results)
     settings = {"evaluation": evaluation, "kind": benchmark.kind}
     inputs = {"images": Path(images), "benchmark": benchmark.hash, **{k: str(v) for k, v in encoders.ids.items()}}

@@ -35,19 +35,30 @@ def plain(tmp_path_factory):
     return folder
 
 
+def others(into: Path, plain: Path) -> Path:
+    """Another system's images of every first prompt, in PatchDPO's layout: the reference itself."""
+    for case in json.loads((plain / "cases_single.json").read_text("utf-8"))[::10]:
+        photo = plain / case["image_paths"][0]
+        (into / "others" / photo.parent.name).mkdir(parents=True)
+        shutil.copy(photo, into / "others" / photo.parent.name / f"{case['prompt']}.png")
+    return into / "others"
+
+
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory, models, plain):
     """Both tables' notebooks on that folder, nothing trained: their results."""
     into = tmp_path_factory.mktemp("results")
     profile = write_tiny_profile(ROOT / "params" / "smoke", into / "params", models, BOOKS)
-    over = {"results": str(into), "benchmark.folder": str(plain)}
+    theirs = [{"row": "Theirs", "folder": str(others(into, plain)), "layout": "patchdpo", "commit": "558f0c2"}]
     for name, book in BOOKS.items():
+        over = {"results": str(into), "benchmark.folder": str(plain)}
+        over |= {"external.rows": theirs} if name == "04_table1" else {}
         job = Job(ROOT / "notebooks" / f"{book}.ipynb", into / "notebooks" / name, profile / f"{name}.yaml", over)
         batch.execute(job, warm=True)
     return into
 
 
-@pytest.mark.parametrize(("name", "bases"), [("table1", ["UNO", "IPAP"]), ("table2", ["UNO"])])
+@pytest.mark.parametrize(("name", "bases"), [("table1", ["UNO", "IPAP", "Theirs"]), ("table2", ["UNO"])])
 def test_a_notebook_leaves_out_what_only_attributes_tell_and_says_so(ran, name, bases):
     number = {"table1": "04_table1", "table2": "05_table2"}[name]
     cells = nbformat.read(ran / "notebooks" / number / f"{number}.ipynb", 4).cells
@@ -61,6 +72,14 @@ def test_a_notebook_leaves_out_what_only_attributes_tell_and_says_so(ran, name, 
     assert "less is better" not in (ran / "tables" / name / "table.md").read_text()
     figures = {path.stem for path in (ran / "tables" / name).glob("*.png")}
     assert figures == {"samples", "means"}
+
+
+def test_a_row_of_another_system_s_images_stands_in_the_table(ran):
+    """They are copies of the reference, and score what the anchor of that name does."""
+    values = pd.read_csv(ran / "tables" / "table1" / "table.csv").pivot(index="column", columns="row", values="value")
+    assert values["Theirs"].tolist() == pytest.approx(values["copy of the reference"].tolist(), abs=1e-6)
+    said = str(nbformat.read(ran / "notebooks" / "04_table1" / "04_table1.ipynb", 4).cells)
+    assert "Theirs: layout patchdpo, repository unknown, commit 558f0c2, command unknown" in said
 
 
 def test_a_benchmark_of_one_case_with_one_photo_a_subject_goes_through_the_notebook(tmp_path, models):

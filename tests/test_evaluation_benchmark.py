@@ -409,3 +409,40 @@ def test_a_subject_with_photos_that_cannot_be_read_says_so(folder, suffix):
         photo.rename(photo.with_suffix(f".{suffix}"))
     with pytest.raises(BenchmarkError, match=rf"no photo of the subject 'cat': save .*00.{suffix}, .* as JPEG or PNG"):
         Benchmark.load(folder, "single")
+
+
+# --- What is wrong is said at once ---
+
+
+def test_a_case_list_that_disagrees_with_the_photos_is_refused_case_by_case(folder):
+    path = folder / "cases_single.json"
+    cases = json.loads(path.read_text())
+    cases[3]["image_paths"] = ["./dataset/unicorn/00.png"]
+    cases[8]["image_paths"] = [cases[8]["image_paths"][0][:-6] + "77.png"]
+    cases[11]["prompt"] = ""
+    for case in cases[20:40]:
+        case["image_paths"] *= 2
+    path.write_text(json.dumps(cases))
+    with pytest.raises(BenchmarkError) as error:
+        Benchmark.load(folder, "single")
+    said = str(error.value)
+    assert "case 3 of" in said and "refers to unicorn/00.png, which the dataset does not have" in said
+    assert "case 8 of" in said and "77.png, which the dataset does not have" in said and "case 11 of" in said
+    assert "case 26 of" in said and "case 27 of" not in said and said.endswith("and 13 more like these")
+
+
+def test_photos_that_are_missing_or_damaged_are_all_named(folder):
+    first, second, third = sorted(p for p in (folder / "dataset").iterdir() if p.is_dir())[:3]
+    for photo in [*first.iterdir(), *third.iterdir()]:
+        photo.unlink()
+    with pytest.raises(BenchmarkError) as error:
+        Benchmark.load(folder, "single")
+    assert f"no photo of the subject '{first.name}'" in str(error.value)
+    assert f"no photo of the subject '{third.name}'" in str(error.value)
+    shutil.copytree(second, first, dirs_exist_ok=True)
+    shutil.copytree(second, third, dirs_exist_ok=True)
+    for photo in (first / "00.png", third / "01.png"):
+        photo.write_bytes(photo.read_bytes()[:100])
+    with pytest.raises(BenchmarkError) as error:
+        Benchmark.load(folder, "single")
+    assert f"{first.name}/00.png" in str(error.value) and f"{third.name}/01.png" in str(error.value)

@@ -22,6 +22,7 @@ FLOORS = [
     ("training",),
     ("plots", "grade"),
     ("stages", "bench"),
+    ("external",),
     ("comparison",),
     ("batch",),
 ]

@@ -11,7 +11,7 @@ import re
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from focusdpo_lib.evaluation import uno_cases, wording
 
 KINDS = {"single": 1, "multi": 2}  # references a case
 HEADER = "subject_name,class"
+SHOWN = 10  # problems of one list or folder; the others are counted
 # What the toybox's attributes.json says of every subject.
 ATTRIBUTES = {"class_name": str, "base": str, "accent": str, "pattern": str, "angle": int, "trim": str}
 
@@ -79,7 +80,8 @@ class Benchmark:
         if others := sorted(n for n, p in places.items() if n not in classes and n[0] != "." and p.is_dir()):
             named = "prompts_and_classes.txt does not name"
             warnings.warn(f"{folder / 'dataset'} holds folders that {named}: {', '.join(others)}", stacklevel=2)
-        found = [_subject(places.get(n, folder / "dataset" / n), n, c, attributes.get(n)) for n, c in classes.items()]
+        wanted = ((places.get(n, folder / "dataset" / n), n, c, attributes.get(n)) for n, c in classes.items())
+        found = _all(wanted, lambda of: _subject(*of))
         subjects = {subject.name: subject for subject, _ in found}
         if others := [name for _, names in found for name in names]:
             more = f" and {len(others) - 8} more" if others[8:] else ""
@@ -222,10 +224,12 @@ def _subject(folder: Path, name: str, class_name: str, attributes: dict | None) 
 
 def _photo_hash(subjects: Iterable[Subject]) -> str:
     digest = hashlib.sha256()
-    for subject in subjects:
-        for path in subject.photos:
-            image = open_image(path)  # decoded, so that a corrupt photo is found before anything is computed
-            digest.update(f"{subject.name}/{path.name}/{image.size}/{subject.class_name}".encode() + image.tobytes())
+
+    def add(subject: Subject, path: Path) -> None:
+        image = open_image(path)  # decoded, so that a corrupt photo is found before anything is computed
+        digest.update(f"{subject.name}/{path.name}/{image.size}/{subject.class_name}".encode() + image.tobytes())
+
+    _all(((subject, path) for subject in subjects for path in subject.photos), lambda of: add(*of))
     return digest.hexdigest()
 
 
@@ -236,24 +240,44 @@ def _cases(entries: list, subjects: dict[str, Subject], kind: str, path: Path) -
     """
     if not isinstance(entries, list) or not entries:
         raise BenchmarkError(f"{path} holds no list of cases: write [{{'prompt': …, 'image_paths': […]}}, …]")
-    words, cases, doubts = {s.class_name for s in subjects.values()}, [], []
-    for index, entry in enumerate(entries):
-        where = f"case {index} of {path}"
-        prompt, chosen, photos = _entry(entry, subjects, kind, where)
-        expected = entry.get("classes") or [subject.class_name for subject in chosen]
-        if not isinstance(expected, list) or len(expected) != len(chosen) or not all(map(_is_text, expected)):
-            raise BenchmarkError(f"{where} gives as 'classes' {expected!r}: give one word for each of its references")
-        found, certain = wording.problem(prompt, expected, words)
-        found = found and f"{found} in '{prompt}' but its references show {wording.counted(Counter(expected))}"
-        if found and certain:
-            raise BenchmarkError(f"{where} {found}: give one reference for every subject that the prompt names")
-        doubts += [f"case {index} {found}"] if found else []
-        cases.append(Case(f"{index:04d}", prompt, tuple(s.name for s in chosen), photos))
+    words = {s.class_name for s in subjects.values()}
+    read = _all(enumerate(entries), lambda at: _case(*at, subjects, kind, words, path))
+    cases, doubts = [case for case, _ in read], [doubt for _, doubt in read if doubt]
     _check_distinct(cases, path)
     if doubts:
         more = f" ({len(doubts) - 1} more cases are like it)" if doubts[1:] else ""
         warnings.warn(f"{path}: {doubts[0]}{more}; if other words mean them, list these as 'classes'", stacklevel=3)
     return tuple(cases)
+
+
+def _case(
+    index: int, entry, subjects: dict[str, Subject], kind: str, words: set[str], path: Path
+) -> tuple[Case, str | None]:
+    """The case of one entry, and a doubt about its wording."""
+    where = f"case {index} of {path}"
+    prompt, chosen, photos = _entry(entry, subjects, kind, where)
+    expected = entry.get("classes") or [subject.class_name for subject in chosen]
+    if not isinstance(expected, list) or len(expected) != len(chosen) or not all(map(_is_text, expected)):
+        raise BenchmarkError(f"{where} gives as 'classes' {expected!r}: give one word for each of its references")
+    found, certain = wording.problem(prompt, expected, words)
+    found = found and f"{found} in '{prompt}' but its references show {wording.counted(Counter(expected))}"
+    if found and certain:
+        raise BenchmarkError(f"{where} {found}: give one reference for every subject that the prompt names")
+    return Case(f"{index:04d}", prompt, tuple(s.name for s in chosen), photos), found and f"case {index} {found}"
+
+
+def _all(items: Iterable, read: Callable) -> list:
+    """What is read of every item. Raises one BenchmarkError for all that cannot be read."""
+    made, problems = [], []
+    for item in items:
+        try:
+            made.append(read(item))
+        except BenchmarkError as error:
+            problems.append(str(error))
+    if problems:
+        more = f"; and {len(problems) - SHOWN} more like these" if len(problems) > SHOWN else ""
+        raise BenchmarkError("; ".join(problems[:SHOWN]) + more)
+    return made
 
 
 def _check_distinct(cases: list[Case], path: Path) -> None:

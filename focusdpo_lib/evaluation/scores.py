@@ -18,7 +18,7 @@ from PIL import Image
 from focusdpo_lib.evaluation import protocols
 from focusdpo_lib.evaluation.benchmark import Benchmark, BenchmarkError, Case, open_image
 from focusdpo_lib.evaluation.encoders import Encoders, to_pixels
-from focusdpo_lib.params import Evaluation, Generation
+from focusdpo_lib.params import Evaluation, Generation, Sampled
 
 COLUMNS = ("case", "index", "subjects", "prompt", "metric", "subject", "value", "weight")
 # The rest is for tables.
@@ -28,7 +28,11 @@ Source = Path | tuple[Path, ...]  # an image file, or references to paste beside
 
 
 def score_images(
-    benchmark: Benchmark, folder: str | Path, encoders: Encoders, settings: Evaluation, generation: Generation | None
+    benchmark: Benchmark,
+    folder: str | Path,
+    encoders: Encoders,
+    settings: Evaluation,
+    generation: Generation | Sampled | None,
 ) -> pd.DataFrame:
     """Scores <folder>/<case>_<index>.png of every case; `generation` says how they were made (None: an anchor's).
 
@@ -40,7 +44,7 @@ def score_images(
 
 
 def image_files(
-    benchmark: Benchmark, folder: str | Path, generation: Generation | None
+    benchmark: Benchmark, folder: str | Path, generation: Generation | Sampled | None
 ) -> dict[tuple[Case, int], Path]:
     """The images to score, <folder>/<case>_<index>.png. Raises FileNotFoundError that lists those that are missing."""
     folder, count = Path(folder), generation.images_per_prompt if generation else 1
@@ -54,7 +58,7 @@ def image_files(
     return sources
 
 
-def check(benchmark: Benchmark, settings: Evaluation, generation: Generation | None) -> None:
+def check(benchmark: Benchmark, settings: Evaluation, generation: Generation | Sampled | None) -> None:
     """Raises BenchmarkError where `settings` cannot score the cases, which can be said before an image is made."""
     if found := protocols.problems(settings, benchmark.kind, generation):
         raise BenchmarkError(
@@ -65,6 +69,11 @@ def check(benchmark: Benchmark, settings: Evaluation, generation: Generation | N
         raise BenchmarkError(
             f"evaluation.references cannot be '{settings.references}' where every photo went in "
             "(generation.references all): set it to 'all'"
+        )
+    if generation and generation.references == "unknown" and settings.references != "all":
+        raise BenchmarkError(
+            f"evaluation.references cannot be '{settings.references}' where it is unknown which photos went in: say "
+            "so under external.rows (sampling.references listed or all), or set it to 'all'"
         )
     for case in benchmark.cases:
         for name, reference in zip(case.subjects, case.references, strict=True):
@@ -95,7 +104,7 @@ def score_photos(benchmark: Benchmark, encoders: Encoders, settings: Evaluation)
 
 
 def protocol(
-    benchmark: Benchmark, encoders: Encoders, settings: Evaluation, generation: Generation | None
+    benchmark: Benchmark, encoders: Encoders, settings: Evaluation, generation: Generation | Sampled | None
 ) -> dict[str, Any]:
     """Everything but the model that a score depends on; `generation` is None for an anchor, which generates nothing."""
     sampling = None if generation is None else generation.model_dump(exclude={"batch_size", "prompts"})
@@ -113,7 +122,7 @@ def _scored(
     sources: Mapping[tuple[Case, int], Source],
     encoders: Encoders,
     settings: Evaluation,
-    generation: Generation | None,
+    generation: Generation | Sampled | None,
 ) -> pd.DataFrame:
     unique = list(dict.fromkeys(sources.values()))  # the copy of one reference serves all of its prompts
     place = {source: i for i, source in enumerate(unique)}

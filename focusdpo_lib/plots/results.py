@@ -244,7 +244,7 @@ def _key(label: str) -> str:
 
 def _style(row: str, anchor: str) -> dict[str, str]:
     """Colour and mark of a row by its key: the same for an objective in every family, `anchor` the mark of anchors."""
-    name = "base" if row in FAMILIES else row.partition("_")[2]
+    name = "base" if row in FAMILIES else row.partition("_")[2] if family(row) else ""
     return {"color": OBJECTIVE_COLOURS.get(name, ANCHOR), "fmt": MARKERS.get(name, anchor)}
 
 
