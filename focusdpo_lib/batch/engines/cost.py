@@ -1,6 +1,6 @@
 """What the engine `ray` costs against `local`: seconds a job, and whole small reproductions with two workers.
 
-    python -m focusdpo_lib.bench.engines             # half an hour; needs the extra [ray] and a quiet machine
+    python -m focusdpo_lib.batch.engines.cost             # half an hour; needs the extra [ray] and a quiet machine
 
 One reproduction is that of the profile smoke, thirteen notebooks of a few seconds each, which is hard on an engine. In
 the other, a short one of the toybox, more is computed; what `batch.plan` foretells of it, from a probe of this machine,
@@ -79,7 +79,7 @@ def page(found: Mapping[str, Any]) -> str:
     foreseen = [f"{rows[FORETOLD][e] / rows[_named(SHORT)][e] - 1:+.0%}" for e in ENGINES]
     return (
         f"# What the engine ray costs: {machine['device']}\n\nCommit {commit}; written by `python -m "
-        f"focusdpo_lib.bench.engines`. Seconds; ray had two workers on this machine, local one.\n\n"
+        f"focusdpo_lib.batch.engines.cost`. Seconds; ray had two workers on this machine, local one.\n\n"
         + table(["what", *ENGINES, "ray against local"], [*lines, [f"{FORETOLD}, against what it took", *foreseen, ""]])
         + "\n"
     )
@@ -96,7 +96,9 @@ def _named(words: Sequence[str]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m focusdpo_lib.bench.engines", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m focusdpo_lib.batch.engines.cost", description=__doc__.split("\n\n")[0]
+    )
     parser.add_argument("--out", type=Path, help="folder of the results (default: results/bench/<device>)")
     out = parser.parse_args(arguments).out or default_folder()
     with TemporaryDirectory() as folder:
