@@ -14,11 +14,13 @@ import nbformat
 import pytest
 
 from focusdpo_lib import runs
-from focusdpo_lib.batch import Job, run_all
+from focusdpo_lib.batch import Job, reproduce, run_all
 from focusdpo_lib.batch.engines import on_ray, worker
 
 pytest.importorskip("ray")
 
+ROOT = Path(__file__).parents[1]
+BOOKS, SMOKE = ROOT / "notebooks", ROOT / "params" / "smoke"
 PARAMETERS = "name = 'x'\nseconds = 0.0"
 # A record of the run: which GPUs it was given, and when it had them.
 BODY = """import json, os, pathlib, time
@@ -262,7 +264,7 @@ def test_a_ray_of_its_own_listens_on_this_machine_alone_and_runs_the_jobs(tmp_pa
     """In a process without RAY_ADDRESS; the sockets of all its processes, as the system lists them."""
     code = """import subprocess, sys
 from pathlib import Path
-from focusdpo_lib.batch import Job, run_all
+from focusdpo_lib.batch import Job, reproduce, run_all
 from focusdpo_lib.batch.engines import on_ray
 def listening():
     found = subprocess.run(["cat", "/proc/net/tcp", "/proc/net/tcp6"], capture_output=True, text=True).stdout
@@ -336,3 +338,17 @@ def test_a_training_that_the_cluster_cannot_hold_is_refused(cluster, tmp_path, c
         over = {"training.processes": processes, "resources.gpus": gpus}
         assert run_all([Job(tmp_path / "b.ipynb", tmp_path / "out/a", overrides=over)], "ray") == 1
         assert says in capsys.readouterr().out
+
+
+def test_the_smoke_profile_on_the_cluster_ends_with_the_tables_of_one_machine(cluster, tmp_path, monkeypatch):
+    """Every notebook run on a pretend GPU of its own."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for engine in ("ray", "local"):
+        over = {"resources.gpus": 1}
+        jobs = reproduce.plan(SMOKE, tmp_path / engine, BOOKS, families=["uno"], overrides=over)
+        assert reproduce.reproduce(jobs, tmp_path / engine, reproduce.costs(SMOKE), engine=engine) == 0
+    logs = [(tmp_path / "ray/notebooks/logs" / f"{job.name}.log").read_text() for job in jobs]
+    assert all(re.match(r"started on .* GPUs [0-3]\)", log) for log in logs) and len(logs) == 9
+    for table in ("table1", "table2"):
+        ours, theirs = (tmp_path / engine / "tables" / table / "table.csv" for engine in ("ray", "local"))
+        assert ours.read_bytes() == theirs.read_bytes()
