@@ -25,7 +25,7 @@ from focusdpo_lib.dip.chain import Stage
 from focusdpo_lib.dip.run import Plan, run_chain
 from focusdpo_lib.evaluation import encoders
 from focusdpo_lib.evaluation.benchmark import KINDS, Benchmark, BenchmarkError
-from focusdpo_lib.evaluation.embeddings import EMBEDDINGS, embed_into, embedded
+from focusdpo_lib.evaluation.embeddings import EMBEDDINGS, Kept, kept
 from focusdpo_lib.evaluation.encoders import DinoEncoder, Encoders
 from focusdpo_lib.evaluation.scores import image_files, score_images
 from focusdpo_lib.generation import IMAGES, generate
@@ -53,13 +53,15 @@ PREPARED_BY = (
 def load_encoders(settings: params.Evaluation, results: Path | None = None) -> Encoders:
     """The encoders of a benchmark, with the toybox's reader where the settings name one. Raises EncoderError.
 
-    Those of a hub at the commits that `results` is pinned to.
+    Given `results`, those of a hub are of the commits that it is pinned to, and vectors are kept in it: no run that
+    scores with it encodes a photo, a prompt or an image twice.
     """
     settings = settings if results is None else pinned_encoders(settings, results)
     reader = None
     if settings.reader is not None:
         reader = attributes.load_reader(params.shipped("reader", settings.reader), best_device())
-    return encoders.load_encoders(settings, best_device(), reader)
+    found = encoders.load_encoders(settings, best_device(), reader)
+    return found if results is None else kept(found, home(results) / EMBEDDINGS)
 
 
 def pinned_encoders(settings: params.Evaluation, results: Path) -> params.Evaluation:
@@ -456,10 +458,11 @@ def score(
     with job.alone():
         if not job.complete:
             with job:
+                encoders = kept(encoders, home(results) / EMBEDDINGS, job.folder / EMBEDDINGS)
                 if processes > 1:
                     files = tuple(image_files(benchmark, Path(images) / IMAGES, generation).values())
-                    workers.run(_Encoding(job.folder, files, evaluation), job.folder, processes, "vectors", "image")
-                    encoders = embedded(job.folder, encoders, files)
+                    work = _Encoding.of(encoders, files, evaluation)
+                    workers.run(work, job.folder, processes, "vectors", "vector")
                 scores = score_images(benchmark, Path(images) / IMAGES, encoders, evaluation, generation)
                 with atomic(job.folder / SCORES) as partial:
                     scores.to_parquet(partial)
@@ -469,10 +472,25 @@ def score(
 
 @dataclass(frozen=True)
 class _Encoding:
-    folder: Path
-    pictures: tuple[Path, ...]
+    """The pictures of which an encoder's folder lacks vectors, by encoder."""
+
+    folders: Mapping[str, Path]
+    pictures: Mapping[str, tuple[Path, ...]]
     evaluation: params.Evaluation
 
+    @classmethod
+    def of(cls, encoders: Encoders, files: Sequence[Path], evaluation: params.Evaluation) -> "_Encoding":
+        by = {"dino": encoders.dino, "clip": encoders.clip}
+        lacking = {name: tuple(encoder.missing(files)) for name, encoder in by.items()}
+        return cls({name: encoder.folder for name, encoder in by.items()}, lacking, evaluation)
+
     def __call__(self, shard: Shard, progress: Progress) -> None:
-        by = encoders.load_encoders(self.evaluation, best_device())
-        embed_into(self.folder, by, self.pictures, shard=shard, progress=progress)
+        if not any(self.pictures.values()):
+            return
+        found = encoders.load_encoders(self.evaluation, best_device())
+        by = {"dino": found.dino, "clip": found.clip}
+        all_kept = {name: Kept(encoder, self.folders[name]) for name, encoder in by.items()}
+        batches = {name: encoder.batches(self.pictures[name], shard) for name, encoder in all_kept.items()}
+        progress.expects(sum(len(batch) for of in batches.values() for batch in of))
+        for name, encoder in all_kept.items():
+            encoder.embed(batches[name], progress)
