@@ -127,6 +127,31 @@ class Chain(Section):
     part_size: int = Field(64, gt=0)  # drafts a file: held in memory together, and lost by a process that is killed
 
 
+class Scoring(Section):
+    """What drafts are scored with; see `dip.scoring` for what each score is."""
+
+    dino: Place = "toybox"  # as of Evaluation: what likeness is measured with
+    clip: Place = "toybox"  # and the agreement of captions
+    batch_size: int = Field(64, gt=0)  # pictures an encoder takes at once
+
+
+class Curation(Section):
+    """Which drafts become pairs, by their scores. A limit that is none is not looked at."""
+
+    similarity: float | None = Field(None, ge=-1, le=1)  # at least
+    drop: float | None = Field(None, ge=-2, le=2)  # at least, of the subject that changed most
+    least_drop: float | None = Field(None, ge=-2, le=2)  # at least, of each subject: where all of them are repainted
+    context: float | None = Field(None, ge=-1, le=1)  # at least
+    outside: int | None = Field(0, ge=0, le=255)  # grey levels, at most
+    smallest: float | None = Field(None, ge=0, le=1)  # share of the image, at least
+    covered: float | None = Field(None, ge=0, le=1)  # share of the image, at most
+    caption: float | None = Field(None, ge=-1, le=1)  # at least
+    duplicate: float = Field(0.98, ge=-1, le=1)  # a pair as like an earlier one, by the encoder …
+    duplicate_bits: int = Field(3, ge=0, le=64)  # … and with as few other bits of 64 in its perceptual hash is left out
+    review: Literal["ignore", "rejected", "accepted"] = "ignore"  # of reviewers' verdicts: none counts; what they
+    # rejected is left out; only what they accepted stays, as in the paper
+
+
 class Masks(Section):
     similarity: Literal["cosine", "printed"] = "cosine"  # R1
     layers: Literal["double", "all"] | Annotated[list[Layer], Field(min_length=1), AfterValidator(distinct)] = (
@@ -382,6 +407,8 @@ SECTIONS: dict[str, type[Section]] = {
     "backbone": Backbone,
     "dip": Dip,
     "chain": Chain,
+    "scoring": Scoring,
+    "curation": Curation,
     "masks": Masks,
     "objective": Objective,
     "training": Training,

@@ -19,9 +19,13 @@ from huggingface_hub import try_to_load_from_cache
 
 from focusdpo_lib import backbones, cluster, params, provenance, runs, workers
 from focusdpo_lib.backbones import best_device
-from focusdpo_lib.dip import dataset, toybox_stages
+from focusdpo_lib.dip import dataset, review, scoring, toybox_stages
 from focusdpo_lib.dip import toybox as dip_toybox
+from focusdpo_lib.dip.card import write_card
 from focusdpo_lib.dip.chain import Stage
+from focusdpo_lib.dip.curation import curated, score_table
+from focusdpo_lib.dip.drafts import parts
+from focusdpo_lib.dip.pairs import write_pairs
 from focusdpo_lib.dip.run import Plan, run_chain
 from focusdpo_lib.evaluation import encoders
 from focusdpo_lib.evaluation.benchmark import KINDS, Benchmark, BenchmarkError
@@ -173,12 +177,45 @@ def make_drafts(
     return job.folder
 
 
-def toybox_drafts(results: Path, run: str, dip: params.Dip, chain: params.Chain, processes: int = 1) -> Path:
-    """`make_drafts` of the toybox: the pairs of `build_pairs`, by stages that can be looked at one by one."""
-    made_by = [toybox_stages.ToyboxStage(name, dip) for name in toybox_stages.MAKERS]
-    plan = given(toybox_stages.plan, dip)
-    size = toybox_stages.DRAFT_BYTES
-    return make_drafts(results, run, plan, made_by, {"dip": dip}, chain, size, processes=processes)
+def toybox_drafts(
+    results: Path, run: str, dip: params.Dip, chain: params.Chain, by: params.Scoring, processes: int = 1
+) -> Path:
+    """`make_drafts` of the toybox: the pairs of `build_pairs`, by stages that can be looked at one by one, scored."""
+    made_by = [*map(given(toybox_stages.ToyboxStage, settings=dip), toybox_stages.MAKERS), scoring.Scoring(by)]
+    plan, size = given(toybox_stages.plan, dip), toybox_stages.DRAFT_BYTES
+    inputs = {name: _content(params.shipped(name, getattr(by, name))) for name in ("dino", "clip")}
+    return make_drafts(results, run, plan, made_by, {"dip": dip, "scoring": by}, chain, size, inputs, processes)
+
+
+def _content(model: str) -> Path | str:
+    """A model as an input of a run: a folder by what is in it, a hub id by itself."""
+    return Path(model) if Path(model).is_dir() else model
+
+
+def curate(results: Path, run: str, drafts: Path, curation: params.Curation, tolerance: int = 0) -> Path:
+    """Stage dip, from drafts: those that pass the limits and the review of `curation`, as pairs with a card.
+
+    The review is that of `reviews`. `tolerance` is that of `write_dataset`. Raises DatasetError where none is left.
+    """
+    made = [fingerprint(path) for path in parts(drafts, scoring.NAME)]
+    inputs: dict[str, Path | str] = {"drafts": runs.digest(made)}
+    verdicts = None
+    if curation.review != "ignore":
+        verdicts = review.agreed(reviews(results, drafts))
+        inputs["review"] = runs.digest(verdicts)
+    job = Run(place(results, "dip", run), {"curation": curation, "tolerance": tolerance}, inputs)
+    with job.alone():
+        if not job.complete:
+            with job:
+                decisions = curated(score_table(drafts), curation, verdicts)
+                write_pairs(job.folder, drafts, decisions, tolerance)
+                write_card(job.folder, drafts, decisions, curation)
+    return job.folder
+
+
+def reviews(results: Path, drafts: Path) -> Path:
+    """The folder of the reviewers' files on a run of drafts (see `dip.review`)."""
+    return home(results) / "review" / Path(drafts).name
 
 
 def place(results: str | Path, stage: str, run: str) -> Path:

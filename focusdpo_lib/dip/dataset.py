@@ -16,8 +16,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from focusdpo_lib.dip.pair import REFERENCE_MASKS, DatasetError, Pair, defect, reference_defect
-from focusdpo_lib.dip.rows import PICTURES, class_names, decode, encode, error, features, named_files
+from focusdpo_lib.dip.pair import EXTRA, REFERENCE_MASKS, DatasetError, Pair, defect, reference_defect
+from focusdpo_lib.dip.rows import PICTURES, Encoded, class_names, decode, encode, error, features, named_files
 from focusdpo_lib.runs import atomic
 
 SPLITS = ("train", "validation", "test")
@@ -26,26 +26,35 @@ SHARD = r"{}-(\d+)-of-(\d+)(?:-[0-9a-f]+)?\.parquet"  # of a split; older `datas
 TOLERANCE = b"focusdpo_tolerance"  # in the schema's metadata: what the pairs were written with
 
 
-def write_dataset(folder: str | Path, splits: Mapping[str, Iterable[Pair]], tolerance: int = 0) -> None:
+def write_dataset(
+    folder: str | Path,
+    splits: Mapping[str, Iterable[Pair]],
+    tolerance: int = 0,
+    encoded: Encoded | None = None,
+) -> None:
     """Checks and writes every split, row by row as its iterable yields; a file appears whole or not at all.
 
-    `tolerance` is what `defect` allows; the files say it to whoever reads them. Raises DatasetError at the first row
-    with a defect, a repeated id or another split's name.
+    `tolerance` is what `defect` allows; the files say it to whoever reads them. `encoded`: files that are known of the
+    pictures of the pair that was yielded last. Raises DatasetError at the first row with a defect, a repeated id or
+    another split's name.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for split, pairs in splits.items():
         path = folder / f"{split}.parquet"
         with atomic(path) as temporary:
-            _write_file(temporary, path, split, pairs, tolerance)
+            _write_file(temporary, path, split, pairs, tolerance, encoded)
 
 
-def _write_file(temporary: Path, path: Path, split: str, pairs: Iterable[Pair], tolerance: int) -> None:
+def _write_file(
+    temporary: Path, path: Path, split: str, pairs: Iterable[Pair], tolerance: int, encoded: Encoded | None
+) -> None:
     pairs = iter(pairs)
     first = next(pairs, None)
     if first is None:
         raise DatasetError(f"the {split} split for {path} has no pair: ask for at least one")
-    schema, seen, rows = features().arrow_schema, set(), []
+    extra = any(getattr(first, name) for name in EXTRA)
+    schema, seen, rows = features(extra).arrow_schema, set(), []
     masked = bool(first.reference_masks)  # all rows have them, or the file lacks the column
     if not masked:
         schema = schema.remove(schema.get_field_index(REFERENCE_MASKS))
@@ -53,7 +62,7 @@ def _write_file(temporary: Path, path: Path, split: str, pairs: Iterable[Pair], 
     with pq.ParquetWriter(temporary, schema, write_page_checksum=True) as writer:
         for pair in chain([first], pairs):
             _check(pair, path, split, seen, tolerance, masked)
-            rows.append(encode(pair))
+            rows.append(encode(pair, encoded))
             if len(rows) == ROWS_PER_GROUP:
                 writer.write_table(pa.Table.from_pylist(rows, schema))
                 rows.clear()
@@ -221,7 +230,7 @@ def _open(path: Path) -> pq.ParquetFile:
 def _rows(file: pq.ParquetFile, group: int, path: Path, columns: Sequence[str] = ()) -> list[dict]:
     """The rows of a group, of some columns or of all that a pair has; a column that is not there is left out."""
     try:
-        return file.read_row_group(group, columns=list(columns or features())).to_pylist()
+        return file.read_row_group(group, columns=list(columns or features(extra=True))).to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise DatasetError(f"{path} is damaged ({error}): delete it and build the dataset again") from None
 

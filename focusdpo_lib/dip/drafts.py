@@ -1,7 +1,7 @@
 """Drafts on disk: a part of a stage is one parquet file, the same to the byte whenever and wherever it is made."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from focusdpo_lib import pictures
 from focusdpo_lib.dip.chain import Draft
-from focusdpo_lib.dip.rows import Row, png
+from focusdpo_lib.dip.rows import Encoded, Row, as_read
 from focusdpo_lib.runs import RunError, atomic, plain
 
 TEXT = ("id", "prompt", "split", "dropped_by", "dropped")
@@ -28,7 +28,6 @@ SCHEMA = pa.schema(
         "signature": pa.binary(),
     }
 )
-Encoded = dict[int, tuple[np.ndarray, bytes]]  # by id(), arrays that were read and the PNG files that they were
 
 
 def part(folder: str | Path, stage: str, number: int) -> Path:
@@ -64,17 +63,30 @@ def read(path: Path, encoded: Encoded | None = None) -> list[Draft]:
     return [_decode(row, path, {} if encoded is None else encoded) for row in rows]
 
 
-def columns(folder: str | Path, stage: str, names: Sequence[str]) -> pa.Table:
-    """Some columns of all parts of a stage, in order, without decoding what the others hold."""
-    none = pa.schema([SCHEMA.field(name) for name in names]).empty_table()
-    return pa.concat_tables([none, *(pq.read_table(path, columns=list(names)) for path in parts(folder, stage))])
+def length(path: Path) -> int:
+    """How many drafts a part has."""
+    return pq.read_metadata(path).num_rows
+
+
+def column(path: Path, name: str) -> list:
+    """One column of a part, without decoding what the others hold."""
+    return pq.read_table(path, columns=[name])[name].to_pylist()
+
+
+def rows(folder: str | Path, stage: str, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Some columns of all parts of a stage, in order, a row a draft; a part at a time in memory."""
+    for path in parts(folder, stage):
+        yield from pq.read_table(path, columns=list(names)).to_pylist()
+
+
+def notes(text: str) -> dict[str, Any]:
+    """What a column of NOTES holds."""
+    return json.loads(text)
 
 
 def _encode(draft: Draft, encoded: Encoded) -> dict[str, Any]:
     def picture(image: np.ndarray | None) -> bytes | None:
-        if image is None:
-            return None
-        return encoded[id(image)][1] if id(image) in encoded else png(image)
+        return None if image is None else as_read(image, encoded)
 
     return {
         **{name: getattr(draft, name) for name in (*TEXT, "signature")},

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-REFERENCE_MASKS = "reference_masks"  # the one column that a dataset may lack: only masks.pool subject needs it
+REFERENCE_MASKS = "reference_masks"  # a column that a dataset may lack: only masks.pool subject needs it
+EXTRA = ("identities", "scores")  # columns that the chain of Figure 4 adds, and that nothing needs
 _PER_SUBJECT = ("references", "masks", "captions", "disrupted_captions")
 
 
@@ -33,6 +34,8 @@ class Pair:
     reference_masks: tuple[np.ndarray, ...] = ()
     disruption: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    identities: tuple[str, ...] = ()  # who the subjects are, one each, or none where nobody says
+    scores: dict[str, float] = field(default_factory=dict)
 
     @property
     def prior(self) -> np.ndarray:

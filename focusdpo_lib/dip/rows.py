@@ -13,15 +13,16 @@ import pyarrow as pa
 from PIL import Image as PILImage
 
 from focusdpo_lib import pictures
-from focusdpo_lib.dip.pair import REFERENCE_MASKS, DatasetError, Pair
+from focusdpo_lib.dip.pair import EXTRA, REFERENCE_MASKS, DatasetError, Pair
 
 PICTURES = ("win", "lose", "references", "masks", REFERENCE_MASKS)  # columns
 LONG = 255  # letters of a text that may be anything
+Encoded = dict[int, tuple[np.ndarray, bytes]]  # by id(), arrays that were read and the PNG files that they were
 
 
 @cache
-def features():
-    """The columns, in the words of Hugging Face `datasets` (which takes a second to import)."""
+def features(extra: bool = False):
+    """The columns, in the words of Hugging Face `datasets` (which takes a second to import); `extra`: EXTRA as well."""
     from datasets import Features, Image, List, Value
 
     return Features(
@@ -39,6 +40,7 @@ def features():
             "disruption": Value("string"),  # JSON: what changed, from what to what, and how strongly
             "provenance": Value("string"),  # JSON: generator, seed, and what else it takes to make the pair again
             "split": Value("string"),
+            **({"identities": List(Value("string")), "scores": Value("string")} if extra else {}),  # scores are JSON
         }
     )
 
@@ -66,19 +68,26 @@ def _names(kind: Any) -> list[str]:
     return kind["names"] if isinstance(kind.get("names"), list) else _names(kind.get("feature"))
 
 
-def encode(pair: Pair) -> dict[str, Any]:
-    """A row in the words of `features`."""
+def encode(pair: Pair, encoded: Encoded | None = None) -> dict[str, Any]:
+    """A row in the words of `features`, EXTRA included. A picture that is in `encoded` is written as it was read."""
+
+    def stored(image: np.ndarray) -> dict[str, Any]:
+        return {"bytes": as_read(image, encoded or {}), "path": None}
+
     return {
         **{name: getattr(pair, name) for name in ("id", "prompt", "split")},
-        **{name: list(getattr(pair, name)) for name in ("subjects", "captions", "disrupted_captions")},
-        **{name: _stored_png(getattr(pair, name)) for name in ("win", "lose")},
-        **{name: list(map(_stored_png, getattr(pair, name))) for name in ("references", "masks", REFERENCE_MASKS)},
-        **{name: json.dumps(getattr(pair, name), ensure_ascii=False) for name in ("disruption", "provenance")},
+        **{name: list(getattr(pair, name)) for name in ("subjects", "captions", "disrupted_captions", "identities")},
+        **{name: stored(getattr(pair, name)) for name in ("win", "lose")},
+        **{name: list(map(stored, getattr(pair, name))) for name in ("references", "masks", REFERENCE_MASKS)},
+        **{
+            name: json.dumps(getattr(pair, name), ensure_ascii=False) for name in ("disruption", "provenance", "scores")
+        },
     }
 
 
-def _stored_png(image: np.ndarray) -> dict[str, Any]:
-    return {"bytes": png(image), "path": None}
+def as_read(image: np.ndarray, encoded: Encoded) -> bytes:
+    """The PNG file that an image was, or a new one."""
+    return encoded[id(image)][1] if id(image) in encoded else png(image)
 
 
 def png(image: np.ndarray) -> bytes:
@@ -102,7 +111,19 @@ def decode(row: Mapping[str, Any], path: Path, classes: Mapping[str, list[str]])
         references=reader.pictures("references"),
         **{name: reader.pictures(name, pictures.read_mask) for name in ("masks", REFERENCE_MASKS)},
         **{name: reader.notes(name) for name in ("disruption", "provenance")},
+        **_extra(row),
     )
+
+
+def _extra(row: Mapping[str, Any]) -> dict[str, Any]:
+    """EXTRA where it is the kit's own: columns of these names that others wrote may mean anything, and are let be."""
+    identities, scores = (row.get(name) for name in EXTRA)
+    try:
+        scores = json.loads(scores)
+    except (TypeError, ValueError):
+        scores = {}
+    named = isinstance(identities, list) and all(isinstance(name, str) for name in identities)
+    return {"identities": tuple(identities) if named else (), "scores": scores if isinstance(scores, dict) else {}}
 
 
 def named_files(rows: Iterable[Mapping[str, Any]]) -> list[str]:

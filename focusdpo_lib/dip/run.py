@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 from focusdpo_lib import workers
 from focusdpo_lib.dip import drafts
 from focusdpo_lib.dip.chain import Draft, Maker, Stage
@@ -61,7 +59,7 @@ def write_plan(folder: Path, plan: Plan, part_size: int) -> int:
         if not seen:
             raise RunError(f"the plan for {folder} has no draft: ask for at least one")
         write_json(path, {"drafts": len(seen), "part_size": part_size})
-    return sum(pq.read_metadata(part).num_rows for part in drafts.parts(folder, PLAN))
+    return sum(drafts.length(path) for path in drafts.parts(folder, PLAN))
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ class Making:
 
     def __call__(self, shard: Shard, progress: Progress) -> None:
         todo, make = self.missing(shard), None
-        sizes = {n: pq.read_metadata(drafts.part(self.folder, self.before, n)).num_rows for n in todo}
+        sizes = {n: drafts.length(drafts.part(self.folder, self.before, n)) for n in todo}
         progress.expects(sum(sizes.values()))
         for n in todo:
             progress.begins(f"part {n} of {self.stage.name}")

@@ -12,7 +12,7 @@ from focusdpo_lib.dip.toybox import Drawn, describe, disruption, draw, identifie
 from focusdpo_lib.params import Dip
 from focusdpo_lib.toybox.world import halve, halve_mask, photo, photo_and_mask, render, with_identities
 
-DRAFT_BYTES = 25_000  # of a draft with all of it, about
+DRAFT_BYTES = 11_000  # of a draft with all of it, about
 
 
 def plan(settings: Dip) -> Iterator[Draft]:
