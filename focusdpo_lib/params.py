@@ -252,6 +252,33 @@ class Slurm(Section):
     setup: list[str] = []  # lines before it: modules, an environment
 
 
+MaskSource = Literal["sam2", "sam3", "files", "background"]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Segmentation(Section):
+    """DIP's masks; the rules are those of `dip/segmentation.py`."""
+
+    masks: MaskSource = "sam2"  # of the winner: boxes by Grounding DINO and masks by SAM 2, SAM 3, the source's own
+    # files, or one subject on a plain background by colour
+    reference_masks: MaskSource = "background"  # of the references, which lie on white
+    detector: Place = "IDEA-Research/grounding-dino-base"  # with sam2: a folder or hub id
+    detector_revision: str | None = None
+    segmenter: Place | None = None  # none: facebook/sam2.1-hiera-large, or facebook/sam3 (gated)
+    segmenter_revision: str | None = None
+    batch_size: int = Field(8, gt=0)  # pictures a model takes at once
+    threshold: Share = 0.35  # score of a detection that counts
+    same: Share = 0.7  # overlap from which on two boxes show one thing
+    rival: Share = 0.8  # of the best score: another thing that scores so high makes the subject ambiguous
+    tolerance: int = Field(12, ge=0, le=255)  # background: levels of 255 by which it may vary
+    plain: Share = 0.8  # background: share of the picture's edge that must be of its colour
+    holes: Share = 0.05  # of the mask: smaller ones are filled …
+    specks: Share = 0.05  # … and smaller pieces beside it removed
+    overlap: Share = 0.5  # of the smaller mask: more in common makes two subjects one
+    least: Share = 0.01  # of the picture that a mask covers
+    most: Share = 0.9
+
+
 class Generation(Section):
     references: Literal["listed", "all"] = "listed"  # what goes in: the photo that the case list names, or all of the
     # subject's, as PatchDPO measured (one subject only)
@@ -416,6 +443,7 @@ SECTIONS: dict[str, type[Section]] = {
     "workers": Workers,
     "resources": Resources,
     "slurm": Slurm,
+    "segmentation": Segmentation,
     "generation": Generation,
     "evaluation": Evaluation,
     "benchmark": Benchmark,

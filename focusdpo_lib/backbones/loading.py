@@ -80,10 +80,10 @@ def load(settings: params.Backbone, device: str | torch.device = "cpu", parts: s
         if (setting := getattr(error, "setting", None)) is not None:
             what, remedy = f"the {WORDS[setting]}", f"correct backbone.{setting}"
             source = extras[setting] if setting != "ip_encoder" else f"{extras['ip_adapter']}/{extras[setting]}"
-        raise BackboneError(f"{what} {source} cannot be loaded {_why(error, source, remedy)}") from error
+        raise BackboneError(f"{what} {source} cannot be loaded {why(error, source, remedy)}") from error
 
 
-def _why(error: Exception, source: str, remedy: str) -> str:
+def why(error: Exception, source: str, remedy: str) -> str:
     """The reason in brackets and what to do; what the hub said is found behind the errors that wrap it."""
     behind = [error]
     while following := behind[-1].__cause__ or behind[-1].__context__:

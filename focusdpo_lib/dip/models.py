@@ -1,0 +1,67 @@
+"""The models of DIP's stages: a folder or hub id to a network and its processor, and one sentence where that fails."""
+
+import hashlib
+from collections.abc import Hashable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from focusdpo_lib.backbones import is_hub_id
+from focusdpo_lib.backbones.culprits import LOADING_ERRORS
+from focusdpo_lib.backbones.loading import best_device, why
+
+
+class StageError(RuntimeError):
+    """A stage that cannot go on with any draft; the message says what, where and what to do."""
+
+
+def load_model(kind: type, processor: type, source: str, revision: str | None, setting: str, **words) -> tuple:
+    """(network in evaluation mode on the best device, its processor) from a folder or hub id of safetensors.
+
+    `setting` is what names the source, as "segmentation.detector"; `words` are for the network's from_pretrained.
+    Raises StageError where the model is missing, incomplete, gated or out of reach.
+    """
+    from focusdpo_lib.backbones.parts import load_whole  # imports diffusers
+
+    with loading(source, setting):
+        words |= {"revision": revision, "use_safetensors": True}
+        network = load_whole(kind, source, "it", **words).eval().requires_grad_(False)
+        return network.to(best_device()), processor.from_pretrained(source, revision=revision)
+
+
+class loading:
+    """Within this context whatever fails is the fault of the model that a setting names, in one sentence."""
+
+    def __init__(self, source: str, setting: str):
+        self.source, self.setting = source, setting
+
+    def __enter__(self) -> None:
+        if not Path(self.source).exists() and not is_hub_id(self.source):
+            raise StageError(f"the model {self.source} does not exist: correct {self.setting}")
+
+    def __exit__(self, kind, error, trace) -> None:
+        if isinstance(error, LOADING_ERRORS) and not isinstance(error, torch.OutOfMemoryError | StageError):
+            reason = why(error, self.source, f"correct {self.setting}")
+            raise StageError(f"the model {self.source} cannot be loaded {reason}") from error
+
+
+def named(source: str, revision: str | None) -> str:
+    """A model as provenance names it."""
+    return source if revision is None else f"{source}@{revision}"
+
+
+def batches(keys: Sequence[Hashable], size: int) -> Iterator[list[int]]:
+    """Indices of at most `size` items with equal keys, which a model takes as one batch; in order within each."""
+    groups: dict[Hashable, list[int]] = {}
+    for index, key in enumerate(keys):
+        groups.setdefault(key, []).append(index)
+    for indices in groups.values():
+        for start in range(0, len(indices), size):
+            yield indices[start : start + size]
+
+
+def seed_of(*what: Any) -> int:
+    """A seed in [0, 2**63) from a stage's seed, a draft's id and whatever else tells two draws apart."""
+    digest = hashlib.sha256("\0".join(map(str, what)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
