@@ -78,6 +78,8 @@ def test_a_plan_is_estimated_for_this_machine_and_says_so(monkeypatch, tmp_path)
         assert minutes[f"03_{name}-seed0"] == pytest.approx((seconds + other) / 60)
     said = reproduce.announcement(found, cost, machine)
     assert said.startswith(f"9 notebook runs: about {reproduce.span(sum(minutes.values()))} and ")
+    assert "by ray on its machines" not in said
+    assert "one after the other: by ray on its machines" in reproduce.announcement(found, cost, machine, "ray")
     monkeypatch.setattr(reproduce, "is_complete", lambda job: job.name != "03_uno_sft-seed0")
     found, _ = reproduce.estimated([*jobs, *reproduce.plan(TOYBOX, tmp_path, BOOKS, families=["ipap"])], cost)
     assert asked[1:] == [{"flux_uno": "auto"}], "of what is complete nothing is looked at"

@@ -207,13 +207,15 @@ def _to_run(jobs: Sequence[Job]) -> list[Job]:
     return [job for job in jobs if not is_complete(job)]
 
 
-def announcement(jobs: Sequence[Job], cost: Mapping[str, Any], machine: str) -> str:
-    """How long it takes and how much memory, said before anything runs."""
+def announcement(jobs: Sequence[Job], cost: Mapping[str, Any], machine: str, engine: str = "local") -> str:
+    """How long it takes and how much memory, said before anything runs; of another engine, what that leaves open."""
     todo = _to_run(jobs)
     done = f", {len(jobs) - len(todo)} of them complete already" if len(todo) < len(jobs) else ""
     return (
         f"{len(jobs)} notebook runs{done}: about {span(sum(job.minutes for job in todo))} and "
-        f"{cost['gigabytes']:g} GB of memory on {machine}; the time left follows the pace of the runs"
+        f"{cost['gigabytes']:g} GB of memory on {machine}"
+        + ("" if engine == "local" else f", one after the other: by {engine} on its machines, side by side, unknown")
+        + "; the time left follows the pace of the runs"
     )
 
 
@@ -295,7 +297,7 @@ def reproduce(
     if how.get("dry_run"):
         return run_all(jobs, **how)
     jobs, machine = estimated(jobs, cost)
-    print(announcement(jobs, cost, machine), flush=True)
+    print(announcement(jobs, cost, machine, how.get("engine", "local")), flush=True)
     if code := run_all(jobs, **how):
         print("not everything ran (see above): the same command goes on with what is left; what is complete is kept")
         return code
