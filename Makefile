@@ -20,7 +20,7 @@ make_venv = uv venv --quiet --allow-existing --python $(PYTHON) .venv
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help lab reproduce reference test test-ray processors older-processors lint format strip bench toybox-weights lock clean
+.PHONY: help lab reproduce reference test test-ray processors older-processors data lint format strip bench toybox-weights lock clean
 
 help: ## List the targets
 	@echo "FocusDPO reproduction kit: make <target>"
@@ -42,6 +42,9 @@ lab: $(ready) ## Open JupyterLab on your own copies of the notebooks, in my_note
 
 reference: $(ready) ## Make results/reference/ anew: three seeds of everything, its tables, figures and pages
 	$(python) -m focusdpo_lib.batch.reproduce --seeds 3 --reference results/reference
+
+data: $(ready) ## Fetch DreamBench's photos into data/dreambench (112 MB, checked; or set DREAMBENCH_DIR to a copy)
+	$(python) -m focusdpo_lib.evaluation.dreambench
 
 # One thread a process: the tests' tensors are small, and threads would only wait for each other. A file stays with one
 # worker, for its tests share what they make, and the longest come first (tests/conftest.py).

@@ -23,6 +23,7 @@ def _says_something(text: str) -> str:
 
 Name = Annotated[str, AfterValidator(_says_something)]
 Place = Annotated[Name, AfterValidator(os.path.expanduser)]  # a path, whose ~ is the user's folder, or a name instead
+DREAMBENCH_DIR = "DREAMBENCH_DIR"  # of the environment: a copy of DreamBench, in place of any folder of that name
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Pixels = Annotated[int, Field(gt=0)]
 SHIPPED = Path(__file__).parent / "toybox" / "weights"  # what a setting calls "toybox"
@@ -343,8 +344,15 @@ class Evaluation(Section):
         return {**switches, **values} if switches else values
 
 
+def _dreambench(folder: str) -> str:
+    """A benchmark's folder; where it is called dreambench, as `make data` calls it, the copy that is named instead."""
+    copy = os.environ.get(DREAMBENCH_DIR)
+    return os.path.expanduser(copy) if copy and Path(folder).name == "dreambench" else folder
+
+
 class Benchmark(Section):
-    folder: Place = "toybox"  # in DreamBench's layout; "toybox" is written under the results, attributes known
+    folder: Annotated[Place, AfterValidator(_dreambench)] = "toybox"  # in DreamBench's layout; "toybox" is written
+    # under the results, attributes known; `make data` makes data/dreambench
     single: Place | None = None  # the list of its one-subject cases, in UNO's format; uno: UNO's own, built from the
     # dataset's prompts; none: its own cases_single.json
     multi: Place | None = None  # of its two-subject cases; uno: as there; none: its own cases_multi.json

@@ -170,7 +170,8 @@ def _inputs(book: Path, file: Path, over: Mapping[str, Any]) -> dict[str, Path |
         found["benchmark"] = book.parent / folder
         if not found["benchmark"].is_dir():
             raise ParameterError(
-                f"benchmark.folder = '{folder}' in {file} is not there: correct it (from {book.parent})"
+                f"benchmark.folder = '{folder}' in {file} is not there: correct it (from {book.parent}), or, if it is "
+                f"DreamBench, run `make data` or set {params.DREAMBENCH_DIR} to a copy"
             )
     return found
 

@@ -19,6 +19,7 @@ from PIL import Image
 
 from focusdpo_lib import pictures
 from focusdpo_lib.evaluation import uno_cases, wording
+from focusdpo_lib.params import DREAMBENCH_DIR
 
 KINDS = {"single": 1, "multi": 2}  # references a case
 HEADER = "subject_name,class"
@@ -149,7 +150,11 @@ class Benchmark:
 
 def read_prompts_and_classes(path: Path) -> tuple[dict[str, str], dict[str, list[str]]]:
     """DreamBench's prompts_and_classes.txt → {subject: class}, {"object": templates, "live": templates}."""
-    text = _read(path, "point at a folder whose 'dataset' is laid out as DreamBench")
+    text = _read(
+        path,
+        "point at a folder whose 'dataset' is laid out as DreamBench, "
+        f"which `make data` fetches, or set {DREAMBENCH_DIR} to a copy of it",
+    )
     parts = re.fullmatch(r"\s*Classes(.*?)\nPrompts.*?Object Prompts(.*?)Live Subject Prompts(.*)", text, re.DOTALL)
     if not parts:
         raise BenchmarkError(f"{path} is not in DreamBench's syntax (Classes, Object Prompts, Live Subject Prompts)")
