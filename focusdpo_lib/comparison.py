@@ -284,7 +284,9 @@ def save_table(
 ) -> Path:
     """Keeps a table (text, Markdown, CSV) and its figures at results/tables/<name>, whole, in place of an older one."""
     folder = stages.place(results, "tables", name)
-    facts = {name: result.attrs[name] for name in ("protocol", "sampling", "average", "bootstrap", "seed")}
+    facts = {
+        name: result.attrs[name] for name in ("protocol", "calibration", "sampling", "average", "bootstrap", "seed")
+    }
     with atomic(folder) as partial, Run(partial, facts, inputs):
         for suffix, form in (("txt", tables.text), ("md", tables.markdown)):
             (partial / f"table.{suffix}").write_text(form(result), encoding="utf-8")

@@ -2,10 +2,10 @@
 
 import pytest
 from test_evaluation_scores import ENCODERS, ONE, folder, generated, values  # noqa: F401 (a fixture)
-from test_evaluation_tables import GENERATION, single
+from test_evaluation_tables import GENERATION, frame, single
 
 from focusdpo_lib import params
-from focusdpo_lib.evaluation import captions, protocols, tables
+from focusdpo_lib.evaluation import captions, protocols, tables, uno_cases
 from focusdpo_lib.evaluation.benchmark import Benchmark, BenchmarkError
 from focusdpo_lib.evaluation.scores import check, score_images
 from focusdpo_lib.params import ParameterError
@@ -69,11 +69,79 @@ def said(rows, **settings) -> str:
 
 def test_a_table_says_its_protocol_first_and_all_else_that_its_numbers_depend_on():
     text = said({"uno": single([0.5, 0.7], protocol="strict")}, average="image", seed=7)
-    first = text.split("\n\n")[1]
-    assert first.startswith("Protocol strict (against the photos alone that the model has not seen). Mean [95 %")
-    assert "bootstrap of 50 draws (seed 7) over 2 subjects" in first
-    assert "evaluation.references = all" in first and "evaluation.average = image." in first
-    assert said({"uno": single([0.5])}).split("\n\n")[1].startswith("Protocol custom (every switch by itself). Mean")
+    first = second = text.split("\n\n")[1]
+    assert first.startswith(
+        "Protocol strict (against the photos alone that the model has not seen). Calibration: not run"
+    )
+    assert "scores of real photos). Mean [95 %" in second and "bootstrap of 50 draws (seed 7) over 2 subjects" in second
+    assert "evaluation.references = all" in second and "evaluation.average = image." in second
+    plain = said({"uno": single([0.5])}).split("\n\n")[1]
+    assert plain.startswith(
+        "Protocol custom (every switch by itself). Calibration: not run (there are no scores of real"
+    )
+
+
+# --- calibration ---
+
+THEIRS = {"dino": "facebook/dino-vits16@0123 eps 1e-06", "clip": "ViT-B-32-quickgelu/openai@0123 fp32", "reader": None}
+
+
+def photos(dino, clip, names=tuple(uno_cases.PHOTO), encoders=THEIRS):
+    """Scores of real photos, of the first subject 0.1 below and of the second 0.1 above."""
+    off = {names[0]: -0.1, names[1]: 0.1}
+    rows = [
+        (name, str(i), metric, name, value + off.get(name, 0))
+        for metric, value in (("dino", dino), ("clip_i", clip))
+        for i, name in enumerate(names)
+    ]
+    scores = frame(rows, generation=None)
+    scores.attrs["protocol"]["encoders"] = encoders
+    return {"photos": scores}
+
+
+@pytest.mark.parametrize(
+    ("of", "passed", "sentence"),
+    [
+        (
+            (0.774, 0.885),
+            True,
+            "Calibration passed: real photos against each other have DINO 0.774 (published: 0.774) and",
+        ),
+        ((0.7785, 0.8805), True, "Calibration passed"),
+        ((0.780, 0.885), False, "CALIBRATION FAILED, so no number here compares with a published one: real photos"),
+        ((0.774, 0.8795), False, "have DINO 0.774 (published: 0.774) and CLIP-I 0.879 (published: 0.885)"),
+        (
+            (0.9, 0.9, tuple(uno_cases.PHOTO)[1:]),
+            None,
+            "Calibration: not run (the photos are not those of DreamBench's",
+        ),
+        (
+            (0.9, 0.9, tuple(uno_cases.PHOTO), THEIRS | {"dino": "dino@0"}),
+            None,
+            "not run (the published anchors are of other",
+        ),
+        ((0.774, 0.885, tuple(uno_cases.PHOTO), THEIRS | {"dino": "dino@0"}), True, "Calibration passed"),
+    ],
+)
+def test_real_photos_must_give_the_published_anchors_or_the_first_line_says_so(of, passed, sentence):
+    result = tables.table(photos(*of), params.Evaluation(bootstrap=50))
+    for page in (tables.markdown(result), tables.text(result)):
+        assert sentence in " ".join(page.split("\n\n")[1].split())
+    assert result.attrs["calibrated"] is passed
+
+
+def test_of_two_subjects_each_subject_s_photos_count_once():
+    rows = [
+        (f"{a}+{b}", str(i), metric, name, value)
+        for metric, value in (("dino", 0.774), ("clip_i", 0.885))
+        for i, (a, b) in enumerate(uno_cases.PAIRS)
+        for name in (a, b)
+    ]
+    low = [(*row[:4], row[4] - 0.06) if row[3] == "cat" else row for row in rows]  # the cat of several pairs
+    scores = frame(low, kind="multi", generation=None)
+    scores.attrs["protocol"]["encoders"] = THEIRS
+    result = tables.table({"photos": scores}, params.Evaluation())
+    assert "DINO 0.772 (published: 0.774)" in tables.markdown(result) and result.attrs["calibrated"]
 
 
 def test_rows_of_two_protocols_do_not_share_a_table_and_all_differences_are_named():
@@ -131,3 +199,5 @@ def test_a_published_number_is_compared_where_protocol_and_encoders_are_the_publ
         {"encoders.clip": "clip@f56ffeef0b95 fp32"},
     ):
         assert not protocols.is_published(flat | change)
+    assert protocols.is_published(flat | {"encoders.dino": "dino@0123"}, calibrated=True)  # their weights, in a folder
+    assert not protocols.is_published(flat, calibrated=False)

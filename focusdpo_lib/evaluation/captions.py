@@ -13,15 +13,20 @@ PROTOCOL = "evaluation.protocol"
 Sampling = Mapping[str, Mapping[str, object] | str]  # by family, or by row where a row has none
 
 
+def first_line(result: pd.DataFrame) -> str:
+    """The protocol's name, and whether its encoders and photos give the published anchors."""
+    name = result.attrs["protocol"].get(PROTOCOL, protocols.CUSTOM)
+    return f"{protocols.said(name)} {result.attrs['calibration']}"
+
+
 def caption(result: pd.DataFrame, kind: str, leaks: bool) -> str:
     """The sentences above a table of `tables.table`; `leaks`: it has a column of which less is better."""
     about = result.attrs
     seeds = result.drop_duplicates("row").groupby("seeds")["row"].agg(", ".join)
     averaged = "".join(f" Mean over {n} training seeds: {rows}." for n, rows in seeds.items() if n > 1)
     measured = ", ".join(f"{key} = {value}" for key, value in about["protocol"].items() if key != PROTOCOL)
-    named = protocols.said(about["protocol"].get(PROTOCOL, protocols.CUSTOM))
     return (
-        f"{named} Mean [95 % interval, {_interval(result, kind)}]."
+        f"{first_line(result)} Mean [95 % interval, {_interval(result, kind)}]."
         f"{averaged}{' Of the leakage rate, less is better.' if leaks else ''} "
         f"Measured with {measured}, evaluation.average = {about['average']}."
         f"{''.join(f' {sentence}' for sentence in sampled(about['sampling']))}"

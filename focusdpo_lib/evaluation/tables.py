@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from focusdpo_lib.evaluation import captions, statistics
+from focusdpo_lib.evaluation.calibration import calibration
 from focusdpo_lib.evaluation.protocols import ProtocolError
 from focusdpo_lib.evaluation.published import HEADING, NOTES, published
 from focusdpo_lib.evaluation.rows import FAMILIES, ROWS, family
@@ -67,6 +68,8 @@ def table(
     result = pd.DataFrame(lines)
     result.attrs |= {"protocol": protocol, "sampling": sampling, "average": settings.average}
     result.attrs |= {"bootstrap": settings.bootstrap, "seed": settings.seed}
+    checked = calibration(runs["photos"][0] if "photos" in runs else None, protocol)
+    result.attrs |= {"calibration": checked.said, "calibrated": checked.passed}
     result.attrs["trained"] = {ROWS[name]: dict(how) for name, how in (trained or {}).items()}
     return result
 
