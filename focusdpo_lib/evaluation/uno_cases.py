@@ -44,11 +44,12 @@ def entries(kind: str, classes: Mapping[str, str], prompts: Mapping[str, Sequenc
         words = [classes[name] for name in names]
         of_kind = prompts["live" if words[0] in LIVE else "object"]
         paths = [f"{name}/{PHOTO[name]:02d}.jpg" for name in names]
-        made += [{"prompt": _prompt(template, words, prompts), "image_paths": paths} for template in of_kind]
+        made += [{"prompt": prompt(template, words, prompts), "image_paths": paths} for template in of_kind]
     return made
 
 
-def _prompt(template: str, words: Sequence[str], prompts: Mapping[str, Sequence[str]]) -> str:
+def prompt(template: str, words: Sequence[str], prompts: Mapping[str, Sequence[str]]) -> str:
+    """The prompt of a template for subjects of one or two class words."""
     first, *others = words
     if not others:
         return _of(template, first)
