@@ -185,7 +185,7 @@ def drawn(pairs):
 def test_the_grid_shows_a_page_and_takes_keys_and_clicks(review):
     grid = Grid(review, drawn)
     assert [cell.button.description for cell in grid.cells] == [f"{key} · open" for key in "1234"]
-    assert "a &lt;mug><br>similarity 0.50" in grid.cells[0].text.value and "page 1 of 3" in grid.said.value
+    assert "a &lt;mug> · similarity 0.50" in grid.cells[0].text.value and "page 1 of 3" in grid.said.value
     grid.keys.value = "m"
     grid.keys.value = "m2"  # a field keeps what is in it
     assert grid.cells[1].button.description == "2 · rejected: mask" and grid.why.value == "mask"

@@ -16,7 +16,7 @@ from focusdpo_lib.dip.chain import Draft
 from focusdpo_lib.dip.review import HELP, KEYS, WHY, Desk, Review
 from focusdpo_lib.dip.scoring import NAME as SCORED
 
-COLUMNS, HEIGHT = 3, 150  # of the grid; pixels of a picture
+COLUMNS, HEIGHT = 3, 110  # of the grid; pixels of a picture
 OUTLINE = (230, 159, 0), (86, 180, 233), (204, 121, 167), (0, 158, 115)  # of the subjects
 GREEN, RED, GREY = "#cde8d5", "#f4c7c3", "#eeeeee"
 
@@ -60,13 +60,14 @@ class Grid:
         self.desk, self.find, self._typed = Desk(review), find, ""
         self._drawn: tuple[str, ...] | None = None
         self.keys = w.Text(placeholder="click here, then use the keys", description="keys")
-        self.why = w.ToggleButtons(options=WHY, description="reject for", style={"button_width": "90px"})
+        self.why = w.ToggleButtons(options=WHY, description="reject for", style={"button_width": "110px"})
         self.said = w.HTML()
-        buttons = [w.Button(description=text) for text in ("accept the rest, next page", "undo", "back", "on")]
+        wide = w.Layout(width="max-content")
+        buttons = [w.Button(description=t, layout=wide) for t in ("accept the rest, next page", "undo", "back", "on")]
         for button, key in zip(buttons, " ubn", strict=True):
             button.on_click(lambda _, key=key: self.press(key))
         self.cells = [_Cell(w, i, self.toggle) for i in range(review.page_size)]
-        layout = w.Layout(grid_template_columns=f"repeat({COLUMNS}, max-content)", grid_gap="6px")
+        layout = w.Layout(grid_template_columns=f"repeat({COLUMNS}, minmax(0, 1fr))", grid_gap="4px 12px")
         grid = w.GridBox([cell.box for cell in self.cells], layout=layout)
         self.widget = w.VBox([w.HTML(_bold(HELP)), w.HBox([self.keys, *buttons]), self.why, self.said, grid])
         self.keys.observe(self._type, "value")
@@ -112,7 +113,7 @@ class _Cell:
 
     def __init__(self, w, number: int, toggle: Callable[[int], None]) -> None:
         self.key = KEYS[number]
-        self.image, self.text = w.Image(format="png"), w.HTML()
+        self.image, self.text = w.Image(format="png", layout=w.Layout(max_width="100%", object_fit="contain")), w.HTML()
         self.button = w.Button(layout=w.Layout(width="auto"))
         self.button.on_click(lambda _: toggle(number))
         self.box = w.VBox([self.button, self.image, self.text], layout=w.Layout(padding="2px"))
@@ -122,7 +123,8 @@ class _Cell:
         if draft is not None:
             self.image.value = strip(draft)
             numbers = (f"{name} {draft.scores[name]:.2f}" for name in ("similarity", "drop") if name in draft.scores)
-            self.text.value = f"{draft.id}: {_escaped(draft.prompt)}<br>{' · '.join(numbers)}"
+            said = " · ".join([_escaped(draft.prompt), *numbers])
+            self.text.value = f'<div style="line-height: 1.2">{draft.id}: {said}</div>'
 
     def mark(self, verdict: tuple[bool, str] | None) -> None:
         accepted, why = verdict or (True, "")
