@@ -55,7 +55,7 @@ test: lint ## Lint and test (within 10 minutes; downloads nothing but the packag
 	$(pytest) $(workers) $(alone:%=--ignore %)
 
 # Ray gives up a node that takes 30 seconds to start, which it may where anything runs beside it.
-alone := tests/test_engine_ray.py tests/test_faults.py
+alone := tests/test_engine_ray.py tests/test_faults.py tests/test_dip_faults.py
 
 test-ray: $(ready) ## Test the engine ray on a cluster of pretend GPUs, and faults (long; on a machine that does nothing else)
 	$(pytest) $(alone)

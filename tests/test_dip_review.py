@@ -1,11 +1,15 @@
 """The manual pass: verdicts survive crashes and can be taken back; agreement is that of the literature's examples."""
 
+import io
 import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from focusdpo_lib.dip.review import Review, agreed, agreement, cohen_kappa, fleiss_kappa, verdicts
+from focusdpo_lib.dip.chain import Draft
+from focusdpo_lib.dip.review import Desk, Review, agreed, agreement, cohen_kappa, fleiss_kappa, verdicts
+from focusdpo_lib.dip.review_grid import OUTLINE, Grid, strip
 from focusdpo_lib.params import ParameterError
 from focusdpo_lib.runs import RunError
 
@@ -127,3 +131,81 @@ def test_several_reviewers_agree_by_more_than_half(tmp_path):
     table = agreement(tmp_path)
     assert list(table["reviewers"]) == ["ann, bob", "ann, eve", "bob, eve", "ann, bob, eve"]
     assert list(table["pairs"]) == [2, 1, 1, 1] and np.isnan(table["kappa"][1])
+
+
+# --- Keys and the grid ---
+
+
+def test_keys_decide_a_page_without_a_mouse(review):
+    desk = Desk(review)
+    for key in "m2":  # a mask is bad
+        desk.press(key)
+    assert review.found == {"p1": (False, "mask")}
+    desk.press(" ")
+    assert desk.page == 1 and review.found["p0"] == review.found["p3"] == (True, "")
+    desk.press("q")
+    desk.press("4")
+    desk.press("4")  # after all
+    assert review.found["p7"] == (True, "")
+    desk.press("u")
+    assert review.found["p7"] == (False, "quality")
+    for _ in range(2):
+        desk.press("u")
+    assert desk.page == 0 and review.found == {"p1": (False, "mask")}  # where something changed
+    for key in "n?9x ":
+        desk.press(key)
+    assert desk.page == 0 and sorted(review.found) == ["p1", "p4", "p5", "p6", "p7"]  # page 1 is still open
+
+
+def test_a_desk_opens_where_the_pass_stopped_and_stays_within_the_pages(review):
+    for page in (0, 1):
+        review.accept_rest(page)
+    desk = Desk(review)
+    assert desk.page == 2 and desk.shown == ["p8", "p9"]
+    desk.press("3")  # there is no third
+    assert "p8" not in review.found
+    for key in "nnb":
+        desk.press(key)
+    assert desk.page == 1
+    review.accept_rest(2)
+    assert Desk(review).page == 2
+    with pytest.raises(RunError, match=r"a page of 13 pairs has more than there are keys \(12\)"):
+        Desk(Review(review.folder, "bob", PAIRS, 13))
+
+
+def drawn(pairs):
+    rng = np.random.default_rng(0)
+    mask = np.zeros((64, 64), bool)
+    mask[20:40, 20:40] = True
+    pictures = rng.integers(0, 255, (3, 64, 64, 3), np.uint8)
+    made = {"win": pictures[0], "lose": pictures[1], "references": (pictures[2],), "masks": (mask,)}
+    return [Draft(name, "a <mug>", "train", ("mug",), ("m",), **made, scores={"similarity": 0.5}) for name in pairs]
+
+
+def test_the_grid_shows_a_page_and_takes_keys_and_clicks(review):
+    grid = Grid(review, drawn)
+    assert [cell.button.description for cell in grid.cells] == [f"{key} · open" for key in "1234"]
+    assert "a &lt;mug> · similarity 0.50" in grid.cells[0].text.value and "page 1 of 3" in grid.said.value
+    grid.keys.value = "m"
+    grid.keys.value = "m2"  # a field keeps what is in it
+    assert grid.cells[1].button.description == "2 · rejected: mask" and grid.why.value == "mask"
+    grid.cells[2].button.click()
+    assert review.found == {"p1": (False, "mask"), "p2": (False, "mask")}
+    grid.why.value = "other"
+    grid.cells[3].button.click()
+    assert review.found["p3"] == (False, "other")
+    grid.keys.value = "m2  "  # two keys that came together
+    assert grid.desk.page == 2 and len(review.found) == 8
+    assert [cell.box.layout.display for cell in grid.cells] == ["flex", "flex", "none", "none"]
+    grid.keys.value = ""  # emptied by hand: no key
+    assert len(review.found) == 8
+
+
+def test_a_strip_shows_references_winner_and_loser_with_the_winner_s_outline():
+    draft = drawn(["a"])[0]
+    picture = np.asarray(Image.open(io.BytesIO(strip(draft, 64))))
+    assert picture.shape == (64, 3 * 64 + 8, 3)
+    assert (picture[:, :64] == draft.references[0]).all() and (picture[:, 136:] == draft.lose).all()
+    winner = picture[:, 68:132]
+    assert (winner[20, 20:40] == OUTLINE[0]).all() and (winner[21:39, 21:39] == draft.win[21:39, 21:39]).all()
+    assert (winner[:20] == draft.win[:20]).all()

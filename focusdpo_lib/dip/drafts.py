@@ -1,7 +1,7 @@
 """Drafts on disk: a part of a stage is one parquet file, the same to the byte whenever and wherever it is made."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +51,28 @@ def write(path: Path, rows: pa.Table) -> None:
         pq.write_table(rows, partial, write_page_checksum=True)
 
 
-def read(path: Path, encoded: Encoded | None = None) -> list[Draft]:
+def read(path: Path, encoded: Encoded | None = None, only: Collection[str] | None = None) -> list[Draft]:
     """The drafts of a part, their pictures decoded (not to be written into), whose files `encoded` is told.
 
-    Raises RunError where the file is damaged.
+    `only`: ids of those that are wanted. Raises RunError where the file is damaged.
     """
     try:
         rows = pq.read_table(path, page_checksum_verification=True).to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise RunError(f"{path} cannot be read ({str(error).splitlines()[0]}): delete it and run again") from None
-    return [_decode(row, path, {} if encoded is None else encoded) for row in rows]
+    encoded = {} if encoded is None else encoded
+    return [_decode(row, path, encoded) for row in rows if only is None or row["id"] in only]
+
+
+def find(folder: str | Path, stage: str, ids: Sequence[str]) -> list[Draft]:
+    """Some drafts of a stage, in the order of `ids`. Raises RunError for one that is not there."""
+    found: dict[str, Draft] = {}
+    for path in parts(folder, stage):
+        if len(found) < len(set(ids)) and not set(ids).isdisjoint(column(path, "id")):
+            found |= {draft.id: draft for draft in read(path, only=ids)}
+    if lost := [name for name in ids if name not in found]:
+        raise RunError(f"{folder} has no draft {lost[0]!r} of the stage {stage}: correct the id, or run that stage")
+    return [found[name] for name in ids]
 
 
 def length(path: Path) -> int:

@@ -126,6 +126,9 @@ class Review:
         if self.path.exists() and (content := self.path.read_bytes()) and not content.endswith(b"\n"):
             os.truncate(self.path, content.rfind(b"\n") + 1)
 
+    def page_of(self, pair: str) -> int:
+        return list(self.pairs).index(pair) // self.page_size
+
     def pace(self) -> float | None:
         """Pairs an hour: by the median time between clicks, so that a break does not count."""
         lines = [line for line in _lines(self.path) if line["verdict"] != UNDO]
@@ -133,6 +136,62 @@ class Review:
             return None
         between = np.median(np.diff([line["time"] for line in lines]))
         return float(np.mean([len(line["pairs"]) for line in lines]) * 3600 / max(between, 0.1))
+
+
+KEYS = "1234567890-="  # of a page's pairs
+REASONS = dict(zip("itmgqo", WHY, strict=True))
+HELP = (
+    "**1 2 3 …** reject a pair, or accept it after all · **space** accept the rest and turn the page · **u** undo · "
+    "**b**, **n** page back, on · why: " + ", ".join(f"**{key}** {why}" for key, why in REASONS.items())
+)
+
+
+@dataclass
+class Desk:
+    """A reviewer at work: the page that lies open, the reason that rejections get, and what each key does."""
+
+    review: Review
+    page: int = field(init=False)
+    why: str = WHY[0]
+
+    def __post_init__(self) -> None:
+        if self.review.page_size > len(KEYS):
+            raise RunError(
+                f"a page of {self.review.page_size} pairs has more than there are keys ({len(KEYS)}): lower it"
+            )
+        first = self.review.next_page()
+        self.page = self.review.pages - 1 if first is None else first
+
+    @property
+    def shown(self) -> list[str]:
+        return self.review.page(self.page)
+
+    def press(self, key: str) -> None:
+        """One key; one without a meaning is passed over."""
+        if key in KEYS and KEYS.index(key) < len(self.shown):
+            self.toggle(self.shown[KEYS.index(key)])
+        elif key in REASONS:
+            self.why = REASONS[key]
+        elif key == " ":
+            self.review.accept_rest(self.page)
+            following = self.review.next_page()
+            self.page = self.page if following is None else following
+        elif key == "u":
+            self._undo()
+        elif key in ("b", "n"):
+            self.page = min(max(self.page + (1 if key == "n" else -1), 0), self.review.pages - 1)
+
+    def toggle(self, pair: str) -> None:
+        """Rejects a pair for the reason that is set; accepts one that is rejected."""
+        accepted, _ = self.review.found.get(pair, (True, ""))
+        self.review.decide([pair], not accepted, "" if not accepted else self.why)
+
+    def _undo(self) -> None:
+        """And turns to the page where something changed."""
+        before = dict(self.review.found)
+        self.review.undo()
+        if moved := [pair for pair in self.review.pairs if before.get(pair) != self.review.found.get(pair)]:
+            self.page = self.review.page_of(moved[0])
 
 
 # --- Several reviewers ---
