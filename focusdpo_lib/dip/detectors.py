@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from focusdpo_lib import params
-from focusdpo_lib.dip.mask_rules import Unfit
+from focusdpo_lib.dip.chain import Unfit
 from focusdpo_lib.dip.models import batches, load_model, named
 
 # The boxes of the phrases, from boxes (N, 4) and scores (N, phrases); raises Unfit.

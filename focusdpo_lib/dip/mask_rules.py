@@ -4,9 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-
-class Unfit(ValueError):
-    """A draft that cannot become a pair; the message is the reason that the run sheet counts."""
+from focusdpo_lib.dip.chain import Unfit
 
 
 def intersections(boxes: np.ndarray) -> np.ndarray:

@@ -21,9 +21,9 @@ from functools import partial
 import numpy as np
 
 from focusdpo_lib import params
-from focusdpo_lib.dip.chain import Draft, Maker
+from focusdpo_lib.dip.chain import Draft, Maker, Unfit
 from focusdpo_lib.dip.detectors import load_detector
-from focusdpo_lib.dip.mask_rules import Unfit, apart, choose, clean, from_background, require_area
+from focusdpo_lib.dip.mask_rules import apart, choose, clean, from_background, require_area
 
 NAME = "segmentation"
 Detector = Callable[[Sequence[np.ndarray], Sequence[Sequence[str]], Callable], list]
