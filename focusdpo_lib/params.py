@@ -253,6 +253,39 @@ class Slurm(Section):
     setup: list[str] = []  # lines before it: modules, an environment
 
 
+class Splits(Section):
+    """Shares of identities; none is in two splits."""
+
+    train: Share = 0.9
+    validation: Share = 0.05
+    test: Share = 0.05
+
+
+class Subjects200K(Section):
+    collections: list[Literal["collection_1", "collection_2", "collection_3"]] = ["collection_2"]
+    quality: int = Field(5, ge=0, le=5)  # that each of a row's three must have; its authors take 5
+    padding: int = Field(16, ge=0)  # pixels to the left of each panel and above them
+    reference: Literal["plainer", "first", "second"] = "plainer"  # the panel that is the reference: that with the
+    # plainer edge, or always the same
+
+
+class Uno1M(Section):
+    score: float = Field(3.5, ge=0, le=4)  # at least; its authors advise 3.5, and trained on 4
+
+
+class Source(Section):
+    """Pairs of reference and winner that are there already, in DIP's first stage; layouts in docs/inputs.md."""
+
+    kind: Literal["photos", "subjects200k", "uno_1m"] = "photos"
+    folder: Place = "data/photos"
+    size: int = Field(512, ge=16)  # pixels: side of the winner, longer side of a reference
+    limit: int | None = Field(None, gt=0)  # the first so many rows that pass; none: all
+    splits: Splits = Splits()
+    subjects200k: Subjects200K = Subjects200K()
+    uno_1m: Uno1M = Uno1M()
+    seed: Seed = 0  # of the splits
+
+
 class Disruption(Section):
     """DIP's losers; see `dip/disruption.py`."""
 
@@ -279,7 +312,7 @@ class Captioning(Section):
     """Who describes subjects (see `dip/captioning.py`), and what that may cost."""
 
     by: Literal["server", "local"] = "server"  # a server that speaks OpenAI's protocol, or a model on this machine
-    model: Place = "gpt-4o-2024-11-20"  # as the server calls it; local: a folder or hub id (Qwen/Qwen3-VL-8B-Instruct)
+    model: Place = "gpt-4o"  # as the server calls it; local: a folder or hub id (Qwen/Qwen3-VL-8B-Instruct)
     revision: str | None = None  # of a local model
     base_url: str | None = (
         None  # of a compatible server; none: OpenAI's. The key is in OPENAI_API_KEY, and nowhere else
@@ -497,6 +530,7 @@ SECTIONS: dict[str, type[Section]] = {
     "workers": Workers,
     "resources": Resources,
     "slurm": Slurm,
+    "source": Source,
     "segmentation": Segmentation,
     "captioning": Captioning,
     "disruption": Disruption,

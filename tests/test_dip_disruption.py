@@ -53,10 +53,8 @@ def settings(**values):
 class Paint:
     """Paints all of an image in one colour a prompt, and notes what it was asked."""
 
-    model = "paint"
-
     def __init__(self):
-        self.asked = []
+        self.asked, self.model = [], {"model": "paint"}
 
     def paint(self, images, masks, prompts, seeds, denoising):
         self.asked += [(prompt, seed, denoising, len(images)) for prompt, seed in zip(prompts, seeds, strict=True)]

@@ -18,7 +18,7 @@ from PIL import Image
 
 from focusdpo_lib import params
 from focusdpo_lib.dip.answers import Purse, Reply
-from focusdpo_lib.dip.models import StageError, load_model, named
+from focusdpo_lib.dip.models import StageError, load_model
 from focusdpo_lib.dip.questions import SCHEMA
 
 KEY = "OPENAI_API_KEY"  # the only place that a key is read from
@@ -207,7 +207,7 @@ class Local:
             *kinds, settings.model, settings.revision, "captioning.model", dtype=dtype
         )
         self.processor.tokenizer.padding_side = "left"  # so that every answer begins where its question ends
-        self.settings, self.model = settings, named(settings.model, settings.revision)
+        self.settings, self.model = settings, "@".join(filter(None, (settings.model, settings.revision)))
 
     @torch.no_grad()
     def ask(self, questions: Sequence[Question], keep: Keep) -> None:

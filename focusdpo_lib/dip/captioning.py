@@ -45,7 +45,7 @@ def make(settings: params.Captioning, captioner: Captioner, answers: Answers, dr
         for subject, mask in zip(draft.subjects, draft.masks, strict=True)
     ]
     replies = iter(_replies(captioner, answers, questions))
-    return [_captioned(draft, [next(replies) for _ in draft.subjects]) for draft in drafts]
+    return [_captioned(settings, draft, [next(replies) for _ in draft.subjects]) for draft in drafts]
 
 
 def _replies(captioner: Captioner, answers: Answers, questions: list[tuple[bytes, str]]) -> list[Reply]:
@@ -61,9 +61,10 @@ def _replies(captioner: Captioner, answers: Answers, questions: list[tuple[bytes
     return [replies[asked] for asked in questions]
 
 
-def _captioned(draft: Draft, replies: list[Reply]) -> Draft:
+def _captioned(settings: params.Captioning, draft: Draft, replies: list[Reply]) -> Draft:
     facts = {
-        "models": sorted({reply.model for reply in replies}),
+        "model": settings.model,
+        "served": sorted({reply.model for reply in replies}),  # a server may give it another name, such as a date's
         "tokens": sum(sum(reply.tokens) for reply in replies),
         "dollars": round(sum(reply.cost for reply in replies), 6),
     }

@@ -124,8 +124,8 @@ def pasted(image: np.ndarray, painted: np.ndarray, mask: np.ndarray, feather: in
     return np.where(mask[..., None], mixed, image)
 
 
-def _finished(draft: Draft, lose: np.ndarray, model: str) -> Draft:
-    draft = replace(draft, provenance=draft.provenance | {NAME: {"model": model}})
+def _finished(draft: Draft, lose: np.ndarray, model: dict) -> Draft:
+    draft = replace(draft, provenance=draft.provenance | {NAME: model})
     if np.array_equal(lose, draft.win):
         return draft.drop(NAME, "the loser shows what the winner shows")
     return replace(draft, lose=lose)

@@ -47,9 +47,9 @@ class loading:
             raise StageError(f"the model {self.source} cannot be loaded {reason}") from error
 
 
-def named(source: str, revision: str | None) -> str:
-    """A model as provenance names it."""
-    return source if revision is None else f"{source}@{revision}"
+def facts(source: str, revision: str | None) -> dict[str, str]:
+    """A model as provenance names it, and as the data card looks for its licence."""
+    return {"model": source, **({"revision": revision} if revision else {})}
 
 
 def batches(keys: Sequence[Hashable], size: int) -> Iterator[list[int]]:

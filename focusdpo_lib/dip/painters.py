@@ -9,7 +9,7 @@ from PIL import Image
 
 from focusdpo_lib import params
 from focusdpo_lib.backbones.loading import best_device
-from focusdpo_lib.dip.models import loading, named
+from focusdpo_lib.dip.models import facts, loading
 
 DEFAULTS = {
     "flux_fill": "black-forest-labs/FLUX.1-Fill-dev",
@@ -25,7 +25,7 @@ class Painter:
         with loading(source, "disruption.model"):
             self.pipeline = _load(settings.painter, source, revision, getattr(torch, settings.weights))
         self.pipeline.to(best_device()).set_progress_bar_config(disable=True)
-        self.settings, self.model = settings, named(source, revision)
+        self.settings, self.model = settings, facts(source, revision)
         stride = self.pipeline.vae_scale_factor
         self.multiple = 2 * stride if settings.painter == "flux_fill" else math.lcm(8, stride)  # of an image's sides
 
