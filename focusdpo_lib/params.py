@@ -25,6 +25,7 @@ Name = Annotated[str, AfterValidator(_says_something)]
 Place = Annotated[Name, AfterValidator(os.path.expanduser)]  # a path, whose ~ is the user's folder, or a name instead
 DREAMBENCH_DIR = "DREAMBENCH_DIR"  # of the environment: a copy of DreamBench, in place of any folder of that name
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Pixels = Annotated[int, Field(gt=0)]
 SHIPPED = Path(__file__).parent / "toybox" / "weights"  # what a setting calls "toybox"
 
@@ -253,8 +254,94 @@ class Slurm(Section):
     setup: list[str] = []  # lines before it: modules, an environment
 
 
+class Splits(Section):
+    """Shares of identities; none is in two splits."""
+
+    train: Share = 0.9
+    validation: Share = 0.05
+    test: Share = 0.05
+
+
+class Subjects200K(Section):
+    collections: list[Literal["collection_1", "collection_2", "collection_3"]] = ["collection_2"]
+    quality: int = Field(5, ge=0, le=5)  # that each of a row's three must have; its authors take 5
+    padding: int = Field(16, ge=0)  # pixels to the left of each panel and above them
+    reference: Literal["plainer", "first", "second"] = "plainer"  # the panel that is the reference: that with the
+    # plainer edge, or always the same
+
+
+class Uno1M(Section):
+    score: float = Field(3.5, ge=0, le=4)  # at least; its authors advise 3.5, and trained on 4
+
+
+class Source(Section):
+    """Pairs of reference and winner that are there already, in DIP's first stage; layouts in docs/inputs.md."""
+
+    kind: Literal["photos", "subjects200k", "uno_1m"] = "photos"
+    folder: Place = "data/photos"
+    size: int = Field(512, ge=16)  # pixels: side of the winner, longer side of a reference
+    limit: int | None = Field(None, gt=0)  # the first so many rows that pass; none: all
+    splits: Splits = Splits()
+    subjects200k: Subjects200K = Subjects200K()
+    uno_1m: Uno1M = Uno1M()
+    seed: Seed = 0  # of the splits
+
+
+class Disruption(Section):
+    """DIP's losers; see `dip/disruption.py`."""
+
+    painter: Literal["flux_fill", "sdxl"] = "flux_fill"
+    model: Place | None = (
+        None  # folder or hub id; none: black-forest-labs/FLUX.1-Fill-dev (gated), or SDXL's inpainting
+    )
+    revision: str | None = None
+    weights: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    strengths: list[Annotated[int, Field(ge=1, le=8)]] = Field([1, 2, 3], min_length=1)  # details changed of a
+    # subject, drawn uniformly …
+    denoising: list[Annotated[float, Field(gt=0, le=1)]] = Field([0.85, 0.95, 1.0], min_length=1)  # … and how far back
+    # to noise it goes for 1, 2, … of them (the last for more)
+    swap_share: Share = 0.3  # of pairs with several subjects: two exchange captions
+    single_share: Share = 0.0  # of the others with several: one subject alone is repainted; 0 as the figure
+    feather: int = Field(4, ge=0)  # pixels within the mask over which the repainted fades in
+    steps: int = Field(30, gt=0)
+    guidance: float = Field(30.0, ge=0)  # distilled in FLUX.1-Fill; SDXL wants about 7.5
+    batch_size: int = Field(4, gt=0)
+    seed: Seed = 0
+
+
+class Captioning(Section):
+    """Who describes subjects (see `dip/captioning.py`), and what that may cost."""
+
+    by: Literal["server", "local"] = "server"  # a server that speaks OpenAI's protocol, or a model on this machine
+    model: Place = "gpt-4o"  # as the server calls it; local: a folder or hub id (Qwen/Qwen3-VL-8B-Instruct)
+    revision: str | None = None  # of a local model
+    base_url: str | None = (
+        None  # of a compatible server; none: OpenAI's. The key is in OPENAI_API_KEY, and nowhere else
+    )
+    side: int = Field(512, ge=16)  # pixels: longer side of a subject as it is shown
+    details: int = Field(3, ge=1, le=8)  # that are asked for, each with another in its stead
+    max_tokens: int = Field(400, gt=0)  # of an answer
+    seed: Seed = 0
+    parallel: int = Field(8, gt=0)  # questions asked at once
+    timeout: float = Field(60.0, gt=0)  # seconds of silence after which an answer counts as lost
+    retries: int = Field(6, ge=0)  # after 429, 5xx, silence and cut connections
+    first_wait: float = Field(1.0, gt=0)  # seconds before the first of them, doubled each time …
+    longest_wait: float = Field(120.0, gt=0)  # … up to this; a server that asks for more ends the run
+    price_read: float = Field(2.5, ge=0)  # dollars a million tokens
+    price_written: float = Field(10.0, ge=0)
+    image_tokens: int = Field(1100, ge=0)  # that a picture counts at most, for the budget
+    budget: float | None = Field(50.0, ge=0)  # dollars of all runs that share the answers; none: no limit
+
+    @model_validator(mode="after")
+    def _of_one_kind(self):
+        if self.by == "local" and self.base_url is not None:
+            raise ValueError("base_url is the address of a server: remove it, or set by to server")
+        if self.base_url is not None and ("@" in self.base_url or "key=" in self.base_url):
+            raise ValueError("base_url holds a secret, which would stand in every record: leave it out")
+        return self
+
+
 MaskSource = Literal["sam2", "sam3", "files", "background"]
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Segmentation(Section):
@@ -451,7 +538,10 @@ SECTIONS: dict[str, type[Section]] = {
     "workers": Workers,
     "resources": Resources,
     "slurm": Slurm,
+    "source": Source,
     "segmentation": Segmentation,
+    "captioning": Captioning,
+    "disruption": Disruption,
     "generation": Generation,
     "evaluation": Evaluation,
     "benchmark": Benchmark,

@@ -11,8 +11,7 @@ from tiny_perception import write_tiny_detector, write_tiny_sam2, write_tiny_sam
 
 from focusdpo_lib import params
 from focusdpo_lib.dip import detectors, mask_rules
-from focusdpo_lib.dip.chain import Draft
-from focusdpo_lib.dip.mask_rules import Unfit
+from focusdpo_lib.dip.chain import Draft, Unfit
 from focusdpo_lib.dip.models import StageError, batches, seed_of
 from focusdpo_lib.dip.segmentation import Segmentation
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 import transformers as hf
+from tokenizers.pre_tokenizers import ByteLevel
 
 from focusdpo_lib.toybox.pipelines import build_clip_tokenizer
 
@@ -79,4 +80,39 @@ def write_tiny_sam3(folder: Path) -> Path:
     )
     hf.Sam3Model(config).save_pretrained(folder)
     hf.Sam3Processor(hf.Sam3ImageProcessor(size={"height": side, "width": side}), tokenizer).save_pretrained(folder)
+    return folder
+
+
+def write_tiny_captioner(folder: Path) -> Path:
+    """Qwen3-VL whose tokens are bytes, with a chat template of the published kind."""
+    torch.manual_seed(0)
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    seeing = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    tokenizer = hf.Qwen2TokenizerFast(
+        vocab={letter: number for number, letter in enumerate(sorted(ByteLevel.alphabet()))}, merges=[]
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": [*special, *seeing]})
+    turn = "<|im_start|>{{ m.role }}\n{% for c in m.content %}{% if c.type == 'image' %}"
+    turn += "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>\n"
+    template = "{% for m in messages %}" + turn + "{% endfor %}"
+    template += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    processor = hf.Qwen3VLProcessor(
+        hf.Qwen2VLImageProcessor(patch_size=16, min_pixels=32 * 32, max_pixels=64 * 64),
+        tokenizer,
+        hf.Qwen3VLVideoProcessor(patch_size=16),
+        chat_template=template,
+    )
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3], "mrope_interleaved": True}
+    text = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    vision = {"depth": 2, "num_heads": 2, "patch_size": 16, "out_hidden_size": 32, "num_position_embeddings": 16}
+    width = {"hidden_size": 32, "intermediate_size": 32}
+    ids = dict(zip(("start", "end", "image", "video"), tokenizer.convert_tokens_to_ids(seeing), strict=True))
+    config = hf.Qwen3VLConfig(
+        text_config=text | width | {"vocab_size": len(tokenizer), "rope_parameters": rope},
+        vision_config=vision | width | {"deepstack_visual_indexes": [0]},
+        image_token_id=ids["image"], video_token_id=ids["video"],
+        vision_start_token_id=ids["start"], vision_end_token_id=ids["end"],
+    )  # fmt: skip
+    hf.Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
     return folder

@@ -71,7 +71,7 @@ def load(settings: params.Backbone, device: str | torch.device = "cpu", parts: s
     shared = {"precision": settings.precision, "weights": settings.weights, "revision": settings.revision}
     try:
         here = Path(model).is_dir() or isinstance(try_to_load_from_cache(model, INDEX, revision=settings.revision), str)
-        _quiet(downloads=not here)
+        quiet(downloads=not here)
         return family_class(settings.family).from_pretrained(model, device=device, parts=parts, **shared, **extras)
     except LOADING_ERRORS as error:
         if isinstance(error, torch.OutOfMemoryError):
@@ -153,7 +153,7 @@ def _other_form(model: Path, family: str) -> str | None:
     return None
 
 
-def _quiet(downloads: bool) -> None:
+def quiet(downloads: bool) -> None:
     """What is on this machine loads in a moment and needs no progress bars; a download keeps them."""
     import diffusers.utils.logging
     import transformers.utils.logging

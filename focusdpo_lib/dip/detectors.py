@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from focusdpo_lib import params
-from focusdpo_lib.dip.mask_rules import Unfit
-from focusdpo_lib.dip.models import batches, load_model, named
+from focusdpo_lib.dip.chain import Unfit
+from focusdpo_lib.dip.models import batches, facts, load_model
 
 # The boxes of the phrases, from boxes (N, 4) and scores (N, phrases); raises Unfit.
 Choice = Callable[[np.ndarray, np.ndarray], list[int]]
@@ -31,7 +31,8 @@ class GroundedSam2:
         source, setting = settings.segmenter or DEFAULTS["sam2"], "segmentation.segmenter"
         kinds = (hf.Sam2Model, hf.Sam2Processor)
         self.segmenter, self.prepares = load_model(*kinds, source, settings.segmenter_revision, setting)
-        self.models = [named(detector, revision), named(source, settings.segmenter_revision)]
+        self.models = {"detector": facts(detector, revision)}
+        self.models |= {"segmenter": facts(source, settings.segmenter_revision)}
         self.batch_size = settings.batch_size
 
     def segment(
@@ -102,7 +103,7 @@ class Sam3:
         self.network, self.processor = load_model(
             hf.Sam3Model, hf.Sam3Processor, source, settings.segmenter_revision, setting
         )
-        self.models = [named(source, settings.segmenter_revision)]
+        self.models = {"segmenter": facts(source, settings.segmenter_revision)}
         self.batch_size, self.threshold = settings.batch_size, settings.threshold
 
     def segment(

@@ -4,9 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-
-class Unfit(ValueError):
-    """A draft that cannot become a pair; the message is the reason that the run sheet counts."""
+from focusdpo_lib.dip.chain import Unfit
 
 
 def intersections(boxes: np.ndarray) -> np.ndarray:
@@ -48,6 +46,23 @@ def choose(boxes: np.ndarray, scores: np.ndarray, threshold: float, same: float,
     return [taken[phrase] for phrase in range(scores.shape[1])]
 
 
+def _rim(image: np.ndarray) -> np.ndarray:
+    """The outermost pixels (H, W) of an image."""
+    rim = np.zeros(image.shape[:2], bool)
+    rim[[0, -1]] = rim[:, [0, -1]] = True
+    return rim
+
+
+def _alike(image: np.ndarray, tolerance: int) -> np.ndarray:
+    """Where an image (H, W, 3) is, within `tolerance` levels in every channel, as the median of its edge."""
+    return np.abs(image.astype(int) - np.median(image[_rim(image)], axis=0)).max(-1) <= tolerance
+
+
+def edge_share(image: np.ndarray, tolerance: int) -> float:
+    """The share of an image's outermost pixels that are alike: how plain its background is."""
+    return float(_alike(image, tolerance)[_rim(image)].mean())
+
+
 def from_background(image: np.ndarray, tolerance: int, plain: float) -> np.ndarray:
     """The mask (H, W) of what stands on a plain background, by colour, for an image (H, W, 3).
 
@@ -57,10 +72,7 @@ def from_background(image: np.ndarray, tolerance: int, plain: float) -> np.ndarr
     """
     from skimage.measure import label
 
-    edge = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
-    alike = np.abs(image.astype(int) - np.median(edge, axis=0)).max(-1) <= tolerance
-    rim = np.zeros_like(alike)
-    rim[[0, -1]] = rim[:, [0, -1]] = True
+    alike, rim = _alike(image, tolerance), _rim(image)
     if alike[rim].mean() < plain:
         raise Unfit("the background is not plain")
     parts = label(alike, connectivity=1)

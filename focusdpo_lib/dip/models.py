@@ -9,7 +9,7 @@ import torch
 
 from focusdpo_lib.backbones import is_hub_id
 from focusdpo_lib.backbones.culprits import LOADING_ERRORS
-from focusdpo_lib.backbones.loading import best_device, why
+from focusdpo_lib.backbones.loading import best_device, quiet, why
 
 
 class StageError(RuntimeError):
@@ -39,6 +39,7 @@ class loading:
     def __enter__(self) -> None:
         if not Path(self.source).exists() and not is_hub_id(self.source):
             raise StageError(f"the model {self.source} does not exist: correct {self.setting}")
+        quiet(downloads=not Path(self.source).is_dir())
 
     def __exit__(self, kind, error, trace) -> None:
         if isinstance(error, LOADING_ERRORS) and not isinstance(error, torch.OutOfMemoryError | StageError):
@@ -46,9 +47,9 @@ class loading:
             raise StageError(f"the model {self.source} cannot be loaded {reason}") from error
 
 
-def named(source: str, revision: str | None) -> str:
-    """A model as provenance names it."""
-    return source if revision is None else f"{source}@{revision}"
+def facts(source: str, revision: str | None) -> dict[str, str]:
+    """A model as provenance names it, and as the data card looks for its licence."""
+    return {"model": source, **({"revision": revision} if revision else {})}
 
 
 def batches(keys: Sequence[Hashable], size: int) -> Iterator[list[int]]:

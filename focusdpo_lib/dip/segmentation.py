@@ -21,9 +21,9 @@ from functools import partial
 import numpy as np
 
 from focusdpo_lib import params
-from focusdpo_lib.dip.chain import Draft, Maker
+from focusdpo_lib.dip.chain import Draft, Maker, Unfit
 from focusdpo_lib.dip.detectors import load_detector
-from focusdpo_lib.dip.mask_rules import Unfit, apart, choose, clean, from_background, require_area
+from focusdpo_lib.dip.mask_rules import apart, choose, clean, from_background, require_area
 
 NAME = "segmentation"
 Detector = Callable[[Sequence[np.ndarray], Sequence[Sequence[str]], Callable], list]
@@ -52,8 +52,8 @@ def make(settings: params.Segmentation, detectors: dict, drafts: Sequence[Draft]
         for i, (photo, subject) in enumerate(zip(d.references, d.subjects, strict=True))
     ]
     references = iter(_found(settings, settings.reference_masks, detectors, photos))
-    sources = {"masks": settings.masks, "reference_masks": settings.reference_masks}
-    facts = sources | {"models": [model for detector in detectors.values() for model in detector.models]}
+    facts = {"masks": settings.masks, "reference_masks": settings.reference_masks}
+    facts |= {source: detector.models for source, detector in detectors.items()}
     return [
         _finished(settings, draft, winner, [next(references) for _ in draft.subjects], facts)
         for draft, winner in zip(drafts, winners, strict=True)

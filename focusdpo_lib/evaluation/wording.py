@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Sequence
+from functools import partial
 
 DETERMINERS = "a|an|the|this|that|my|your|his|her|its|our|their|one|another"
 PICTURES = "photo|photograph|picture|image|painting|drawing|sketch|rendering"
@@ -40,6 +41,25 @@ def mentions(prompt: str, word: str) -> float:
     if any(re.search(rf"\b{re.escape(form)}\b", text) for form in several):
         return float("inf")
     return len(re.findall(rf"\b{re.escape(singular)}\b", text))
+
+
+def exchanged(text: str, word: str, other: str) -> str | None:
+    """The text with the class word `other` in place of `word`, in singular or plural; none where `word` is not in it.
+
+    An article right before it becomes the one that `other` takes: "a mug with an owl on it", mug for owl.
+    """
+    several = plurals(other)[-1]
+    for form in sorted(plurals(word), key=len, reverse=True):
+        found = re.compile(rf"\b(?:(a)n? )?{re.escape(form)}\b", re.IGNORECASE)
+        if found.search(text):
+            new = other if form == word else several
+            after = "n " if new[0].lower() in "aeiou" else " "
+            return found.sub(partial(_with_article, after + new), text)
+    return None
+
+
+def _with_article(ending: str, match: re.Match) -> str:
+    return match[1] + ending if match[1] else ending.split(" ", 1)[1]
 
 
 def subjects(prompt: str, words: Collection[str]) -> Counter:
