@@ -27,12 +27,12 @@ from focusdpo_lib.dip.curation import curated, score_table
 from focusdpo_lib.dip.drafts import parts
 from focusdpo_lib.dip.pairs import write_pairs
 from focusdpo_lib.dip.run import Plan, run_chain
-from focusdpo_lib.evaluation import encoders
+from focusdpo_lib.evaluation import case_list, encoders
 from focusdpo_lib.evaluation.benchmark import KINDS, Benchmark, BenchmarkError
 from focusdpo_lib.evaluation.embeddings import EMBEDDINGS, Kept, kept
 from focusdpo_lib.evaluation.encoders import DinoEncoder, Encoders
 from focusdpo_lib.evaluation.scores import image_files, score_images
-from focusdpo_lib.generation import IMAGES, generate
+from focusdpo_lib.generation import IMAGES, generate, image_seed
 from focusdpo_lib.runs import Run, RunError, atomic, fingerprint, home, is_complete
 from focusdpo_lib.toybox import attributes
 from focusdpo_lib.toybox.benchmark import write_benchmark
@@ -455,6 +455,8 @@ def generate_images(
                 work = _Sampling(job.folder, shown, backbone, generation, adapter)
                 batches = math.ceil(len(benchmark.cases) * generation.images_per_prompt / generation.batch_size)
                 workers.run(work, job.folder, min(processes, batches), "images", "image")  # each loads the model
+                seed = given(image_seed, generation.seed)
+                case_list.write(job.folder, case_list.table(shown, generation.images_per_prompt, seed))
     return job.folder
 
 
@@ -503,6 +505,10 @@ def score(
                 scores = score_images(benchmark, Path(images) / IMAGES, encoders, evaluation, generation)
                 with atomic(job.folder / SCORES) as partial:
                     scores.to_parquet(partial)
+                own = isinstance(generation, params.Generation)
+                seed = given(image_seed, generation.seed) if own else None
+                how = generation.images_per_prompt, seed, evaluation.references
+                case_list.write(job.folder, case_list.table(benchmark, *how))
                 shutil.rmtree(job.folder / EMBEDDINGS, ignore_errors=True)
     return pd.read_parquet(job.folder / SCORES)
 

@@ -34,7 +34,7 @@ def cosine(*degrees: float) -> float:
 class Angles:
     """An encoder whose embedding of an image or a known prompt is the unit vector at an angle in degrees."""
 
-    id = "angles"
+    id, batch_size = "angles", 64
 
     def images(self, pictures):
         opened = [p if isinstance(p, Image.Image) else open_image(p) for p in pictures]

@@ -77,7 +77,7 @@ def check(benchmark: Benchmark, settings: Evaluation, generation: Generation | S
         )
     for case in benchmark.cases:
         for name, reference in zip(case.subjects, case.references, strict=True):
-            _scoring_photos(benchmark, name, reference, settings.references)
+            scoring_photos(benchmark, name, reference, settings.references)
 
 
 def score_copy(benchmark: Benchmark, encoders: Encoders, settings: Evaluation) -> pd.DataFrame:
@@ -145,19 +145,21 @@ def _image_rows(metric, images, embeddings, benchmark, photos, settings) -> list
     rows = []
     for (case, index), embedding in zip(images, embeddings, strict=True):
         for name, reference in zip(case.subjects, case.references, strict=True):
-            against = photos[name][_scoring_photos(benchmark, name, reference, settings.references)]
+            places = {photo: place for place, photo in enumerate(benchmark.subjects[name].photos)}
+            chosen = scoring_photos(benchmark, name, reference, settings.references)
+            against = photos[name][[places[photo] for photo in chosen]]
             value = (against @ embedding).mean().item()
             rows.append((case.id, index, case.unit, case.prompt, metric, name, value, 1.0))
     return rows
 
 
-def _scoring_photos(benchmark: Benchmark, name: str, reference: Path, references: str) -> list[int]:
+def scoring_photos(benchmark: Benchmark, name: str, reference: Path, references: str) -> list[Path]:
+    """The photos of a subject that an image is scored against ("all", "used", "unused"), of which `reference` went in.
+
+    Raises BenchmarkError where there are none.
+    """
     photos = benchmark.subjects[name].photos
-    chosen = [
-        i
-        for i, photo in enumerate(photos)
-        if references == "all" or (photo.name == reference.name) == (references == "used")
-    ]
+    chosen = [p for p in photos if references == "all" or (p.name == reference.name) == (references == "used")]
     if not chosen:
         raise BenchmarkError(f"subject {name} has one photo only: evaluation.references cannot be 'unused'")
     return chosen
