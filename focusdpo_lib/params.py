@@ -386,6 +386,7 @@ class Generation(Section):
 
 # What the name of a protocol sets of Evaluation's switches; evaluation/protocols.py says where each is from.
 _WHOLE = {"references": "all", "subjects": "mean", "average": "subject", "clip_precision": "float32"}
+_WHOLE |= {"region": "image", "clip_prompt": "class"}
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "uno": {**_WHOLE, "clip_text_weight": 1.0, "clip_text_clamp": True},
     "patchdpo": {**_WHOLE, "clip_text_weight": 1.0, "clip_text_clamp": False},
@@ -408,11 +409,25 @@ class Evaluation(Section):
     clip_precision: Literal["float32", "float16", "bfloat16"] = "float32"
     clip_text_weight: float = Field(1.0, gt=0)
     clip_text_clamp: bool = True  # CLIP-T = weight · max(cosine, 0), or the cosine as it is
+    clip_prompt: Literal["class", "token", "scene"] = "class"  # what an image is compared with: the case's prompt, that
+    # with `unique_token` before each class word, or what it says beside its subjects ("in the snow")
+    unique_token: str | None = None
+    region: Literal["image", "detected"] = "image"  # of an image that a subject's photos are compared with: all of it,
+    # or the box in which `detector` finds the class word; what it does not find scores 0
+    detector: Place = "IDEA-Research/grounding-dino-base"  # a folder or hub id of a Grounding DINO
+    detector_revision: str | None = None
+    detector_threshold: float = Field(0.25, ge=0, le=1)  # below which a box counts as none
     reader: Place | None = "toybox"  # recovers attributes; only where the benchmark knows them
     batch_size: int = Field(64, gt=0)  # images an encoder takes at once
     bootstrap: int = Field(10000, ge=50)  # draws of an interval: fewer have no 2.5 % at either end, and 2000 leave the
     # ends uncertain by 0.0015
     seed: Seed = 0  # of the bootstrap
+
+    @model_validator(mode="after")
+    def _token_where_it_is_said(self):
+        if (self.clip_prompt == "token") != bool((self.unique_token or "").strip()):
+            raise ValueError("clip_prompt 'token' and a unique_token, such as 'sks', go together: give both or neither")
+        return self
 
     @model_validator(mode="before")
     @classmethod

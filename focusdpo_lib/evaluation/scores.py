@@ -15,14 +15,15 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from focusdpo_lib.evaluation import protocols
+from focusdpo_lib.evaluation import protocols, wording
 from focusdpo_lib.evaluation.benchmark import Benchmark, BenchmarkError, Case, open_image
 from focusdpo_lib.evaluation.encoders import Encoders, to_pixels
 from focusdpo_lib.params import Evaluation, Generation, Sampled
 
 COLUMNS = ("case", "index", "subjects", "prompt", "metric", "subject", "value", "weight")
 # The rest is for tables.
-SCORING_SETTINGS = ("protocol", "references", "clip_precision", "clip_text_weight", "clip_text_clamp")
+SCORING_SETTINGS = ("protocol", "references", "region", "clip_precision", "clip_text_weight", "clip_text_clamp")
+SCORING_SETTINGS += ("clip_prompt", "unique_token")
 
 Source = Path | tuple[Path, ...]  # an image file, or references to paste beside each other
 
@@ -78,6 +79,7 @@ def check(benchmark: Benchmark, settings: Evaluation, generation: Generation | S
     for case in benchmark.cases:
         for name, reference in zip(case.subjects, case.references, strict=True):
             scoring_photos(benchmark, name, reference, settings.references)
+        text_of(benchmark, case, settings)
 
 
 def score_copy(benchmark: Benchmark, encoders: Encoders, settings: Evaluation) -> pd.DataFrame:
@@ -133,7 +135,7 @@ def _scored(
     for metric, encoder in (("dino", encoders.dino), ("clip_i", encoders.clip)):
         embeddings = encoder.images(pictures)[at]
         rows += _image_rows(metric, images, embeddings, benchmark, _photo_embeddings(benchmark, encoder), settings)
-    rows += _text_rows(images, embeddings, encoders, settings)  # the last embeddings are CLIP's
+    rows += _text_rows(images, embeddings, benchmark, encoders, settings)  # the last embeddings are CLIP's
     if encoders.reader and benchmark.has_attributes:
         found = encoders.reader(to_pixels(pictures))
         rows += _attribute_rows(images, [found[i] for i in at], encoders, benchmark)
@@ -165,12 +167,27 @@ def scoring_photos(benchmark: Benchmark, name: str, reference: Path, references:
     return chosen
 
 
-def _text_rows(images, embeddings, encoders: Encoders, settings: Evaluation) -> list[tuple]:
-    prompts = list(dict.fromkeys(case.prompt for case, _ in images))
+def text_of(benchmark: Benchmark, case: Case, settings: Evaluation) -> str:
+    """What an image of a case is compared with. Raises BenchmarkError where `settings` leave nothing of its prompt."""
+    classes = [benchmark.subjects[name].class_name for name in case.subjects]
+    if settings.clip_prompt == "class":
+        return case.prompt
+    if settings.clip_prompt == "token":
+        return wording.with_token(case.prompt, classes, settings.unique_token)
+    if not (scene := wording.without_subjects(case.prompt, classes)):
+        raise BenchmarkError(
+            f"case {case.id} ('{case.prompt}') says nothing but its subject: set evaluation.clip_prompt to 'class'"
+        )
+    return scene
+
+
+def _text_rows(images, embeddings, benchmark: Benchmark, encoders: Encoders, settings: Evaluation) -> list[tuple]:
+    asked = {case: text_of(benchmark, case, settings) for case, _ in images}
+    prompts = list(dict.fromkeys(asked.values()))
     texts = dict(zip(prompts, encoders.clip.texts(prompts), strict=True))
     rows = []
     for (case, index), embedding in zip(images, embeddings, strict=True):
-        cosine = (texts[case.prompt] @ embedding).item()
+        cosine = (texts[asked[case]] @ embedding).item()
         value = settings.clip_text_weight * (max(cosine, 0.0) if settings.clip_text_clamp else cosine)
         rows.append((case.id, index, case.unit, case.prompt, "clip_t", "", value, 1.0))
     return rows

@@ -72,6 +72,34 @@ def units(seeds: list[pd.DataFrame], metric: str, average: str = "subject", subj
     return sum(tables) / len(tables)
 
 
+def components(scores: pd.DataFrame, metric: str, subjects: str = "mean") -> dict[str, float] | None:
+    """Shares of the variance of a score that lie between subjects, prompts of a subject and images of a prompt.
+
+    By the mean squares of a nested analysis of variance (Searle 1971), a negative part counted as 0. None where no
+    prompt has several images, or not all have as many.
+    """
+    values = per_image(scores, metric, subjects)
+    values["value"] = values["numerator"] / values["denominator"]
+    prompt = values.groupby(["subjects", "case"], sort=False)["value"].agg(["mean", "count"]).reset_index()
+    subject = prompt.groupby("subjects", sort=False)["mean"].agg(["mean", "count"])
+    images, prompts = prompt["count"].iloc[0], subject["count"].iloc[0]
+    uneven = prompt["count"].nunique() > 1 or subject["count"].nunique() > 1
+    if images < 2 or prompts < 2 or len(subject) < 2 or uneven:
+        return None
+    of_case = values.merge(prompt, on=["subjects", "case"])
+    of_subject = prompt.merge(subject, on="subjects", suffixes=("", "_subject"))
+    within = ((of_case["value"] - of_case["mean"]) ** 2).sum() / (len(prompt) * (images - 1))
+    between = images * ((of_subject["mean"] - of_subject["mean_subject"]) ** 2).sum() / (len(prompt) - len(subject))
+    among = images * prompts * subject["mean"].var()
+    parts = {
+        "subjects": max((among - between) / (images * prompts), 0.0),
+        "prompts": max((between - within) / images, 0.0),
+        "images": within,
+    }
+    total = sum(parts.values())
+    return {name: float(part / total) for name, part in parts.items()} if total else None
+
+
 def resamples(count: int, draws: int, seed: int = 0) -> np.ndarray:
     """Indices (draws, count) of units drawn with replacement; the same for every row, which pairs their differences."""
     return np.random.default_rng(seed).integers(0, count, (draws, count))

@@ -68,6 +68,7 @@ def table(
     result = pd.DataFrame(lines)
     result.attrs |= {"protocol": protocol, "sampling": sampling, "average": settings.average}
     result.attrs |= {"bootstrap": settings.bootstrap, "seed": settings.seed}
+    result.attrs["components"] = _components(runs, _columns(settings, protocol))
     checked = calibration(runs["photos"][0] if "photos" in runs else None, protocol)
     result.attrs |= {"calibration": checked.said, "calibrated": checked.passed}
     result.attrs["trained"] = {ROWS[name]: dict(how) for name, how in (trained or {}).items()}
@@ -187,6 +188,11 @@ def _document(result: pd.DataFrame, grid: Callable, heading: Callable, paragraph
         parts += [heading(title), grid(differences(result, "from_dpo"))]
     if "distinct" in result:
         parts += _without_pairs_alike(result, grid, heading, paragraph)
+    if components := result.attrs["components"]:
+        parts += [
+            heading("What a score varies with (share of its variance)"),
+            grid(pd.DataFrame(components).T.fillna(ABSENT)),
+        ]
     if trained := result.attrs["trained"]:
         parts += [heading("How the rows were trained"), grid(pd.DataFrame(trained).T.fillna(ABSENT))]
     parts += [heading(HEADING), grid(published(of).map("{:.3f}".format)), *map(paragraph, NOTES[of])]
@@ -230,6 +236,18 @@ def _columns(settings: Evaluation, protocol: dict) -> list[tuple[str, str, str]]
 def kind(protocol: dict) -> str:
     """ "single" or "multi"."""
     return protocol["benchmark"].split()[0]
+
+
+def _components(runs: Mapping[str, list[pd.DataFrame]], columns: list[tuple[str, str, str]]) -> dict[str, dict]:
+    """What the scores of each row's first run vary with, in words, where a prompt has several images."""
+    found: dict[str, dict] = {}
+    for name, (scores, *_) in runs.items():
+        for metric, subjects, column in columns if scores["index"].any() else ():
+            has = metric != "leakage" and (scores["metric"] == metric).any()
+            if shares := statistics.components(scores, metric, subjects) if has else None:
+                said = ", ".join(f"{of} {share:.0%}" for of, share in shares.items())
+                found.setdefault(ROWS.get(name, name), {})[column] = said
+    return found
 
 
 def _subjects(runs: Mapping[str, list[pd.DataFrame]]) -> dict[str, list[str]]:

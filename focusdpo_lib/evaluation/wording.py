@@ -62,6 +62,30 @@ def _with_article(ending: str, match: re.Match) -> str:
     return match[1] + ending if match[1] else ending.split(" ", 1)[1]
 
 
+def with_token(prompt: str, classes: Sequence[str], token: str) -> str:
+    """A prompt with a unique token before the first mention of each class word: "a sks dog in the snow"."""
+    at = 0
+    for word in classes:
+        if match := re.compile(_any_form(word), re.IGNORECASE).search(prompt, at):
+            prompt = f"{prompt[: match.start()]}{token} {prompt[match.start() :]}"
+            at = match.end() + len(token) + 1
+    return prompt
+
+
+def without_subjects(prompt: str, classes: Sequence[str]) -> str:
+    """What a prompt says beside its subjects: "in the snow" of "a cat and a dog in the snow", "red" of "a red cat"."""
+    adjectives = rf"((?:(?!(?:{LINKS}|{DETERMINERS})\b)[\w'-]+ )*?)"
+    for number, word in enumerate(classes):
+        joined = r"(?:,? and |, next to it is |, | & )" if number else ""
+        phrase = re.compile(rf"{joined}(?:\b(?:{DETERMINERS}) )?{adjectives}{_any_form(word)}", re.IGNORECASE)
+        prompt = phrase.sub("" if number else r"\1", prompt, count=1)  # a pair's second adjective is the first again
+    return re.sub(r"\s+", " ", prompt).strip(" ,")
+
+
+def _any_form(word: str) -> str:
+    return rf"\b(?:{'|'.join(map(re.escape, sorted(plurals(word), key=len, reverse=True)))})\b"
+
+
 def subjects(prompt: str, words: Collection[str]) -> Counter:
     """The class words that stand as subjects: at the prompt's head, and joined to it by "and" or a comma."""
     known = {plain(word): word for word in words}
