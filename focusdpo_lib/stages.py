@@ -71,6 +71,8 @@ def load_encoders(settings: params.Evaluation, results: Path | None = None) -> E
 def pinned_encoders(settings: params.Evaluation, results: Path) -> params.Evaluation:
     """The settings with the commit of every encoder of a hub: their own, or the one that `results` is pinned to."""
     sources = {"dino": settings.dino if backbones.is_hub_id(settings.dino) else None}
+    if settings.region == "detected":
+        sources["detector"] = settings.detector if backbones.is_hub_id(settings.detector) else None
     if settings.clip_revision is None and not Path(params.shipped("clip", settings.clip)).is_dir():
         sources["clip"] = encoders.clip_repository(settings.clip)
     found = {

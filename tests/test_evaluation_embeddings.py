@@ -13,6 +13,7 @@ from tiny_models import write_tiny_models
 from focusdpo_lib import params, stages
 from focusdpo_lib.evaluation.benchmark import Benchmark, open_image
 from focusdpo_lib.evaluation.embeddings import Kept, kept, place_of
+from focusdpo_lib.evaluation.encoders import Encoders
 
 
 class Greys:
@@ -98,7 +99,7 @@ def test_shards_share_the_batches_of_one_call(tmp_path):
 
 def test_an_encoder_of_unknown_weights_is_not_kept():
     loose, pinned = SimpleNamespace(id="facebook/dino-vits16"), SimpleNamespace(id="facebook/dino-vits16@0123")
-    found = kept(SimpleNamespace(dino=loose, clip=pinned, reader=None), "somewhere")
+    found = kept(Encoders(loose, pinned), "somewhere")
     assert found.dino is loose and isinstance(found.clip, Kept) and found.clip.id == pinned.id
     assert kept(found, "elsewhere", "passing").clip is found.clip
 

@@ -1,14 +1,23 @@
 """The switches of the protocol that no published table turns: what the prompt says, and what scores vary with."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+import transformers as hf
+from PIL import Image
 from test_evaluation_scores import ENCODERS, ONE, PROMPTS, cosine, folder, generated, settings, values  # noqa: F401
 from test_evaluation_tables import frame
+from tiny_models import write_tiny_models
+from tiny_perception import write_tiny_detector
 
 from focusdpo_lib import params
 from focusdpo_lib.evaluation import statistics, tables
 from focusdpo_lib.evaluation.benchmark import Benchmark, BenchmarkError
+from focusdpo_lib.evaluation.detector import Detector, crop, overlap
+from focusdpo_lib.evaluation.encoders import EncoderError, load_encoders
 from focusdpo_lib.evaluation.scores import check, score_images, text_of
 from focusdpo_lib.evaluation.wording import with_token, without_subjects
 
@@ -114,3 +123,109 @@ def test_a_table_says_what_scores_vary_with_where_a_prompt_has_several_images():
     assert "| UNO | subjects 6" in said and "copy" not in said
     single = several(3.0, 2.0, 1.0, images=1)
     assert "varies with" not in tables.markdown(tables.table({"uno": single}, params.Evaluation(bootstrap=50)))
+
+
+# --- detected crops ---
+
+
+class Finder:
+    """Finds a word where the image has its grey: the left and right halves of an image stand for two things."""
+
+    id = "finder"
+
+    def boxes(self, image, words):
+        halves = [(0, 0, 4, 8), (4, 0, 8, 8)]
+        left = [box for box in halves if image.getpixel((box[0], 0))[0] != 255]
+        return [left.pop(0) if left else None for _ in words]
+
+
+def pair(tmp_path, left, right):
+    image = Image.new("RGB", (8, 8), (left,) * 3)
+    image.paste((right,) * 3, (4, 0, 8, 8))
+    (tmp_path / "images").mkdir(exist_ok=True)
+    image.save(tmp_path / "images" / "0000_0.png")
+    return tmp_path / "images"
+
+
+def test_each_subject_is_compared_where_it_is_found_and_one_that_is_not_scores_0(folder, tmp_path):  # noqa: F811
+    benchmark, use = Benchmark.load(folder, "multi"), settings(region="detected")
+    encoders = replace(ENCODERS, finder=Finder())
+    both = score_images(benchmark, pair(tmp_path, 60, 90), encoders, use, ONE)
+    assert values(both, "dino", subject="cat") == pytest.approx([cosine(60, 0, 60)], abs=1e-6)  # photos at 0, 60, 120
+    assert values(both, "clip_i", subject="mug") == pytest.approx([cosine(0, 60)], abs=1e-6)  # photos at 90, 150
+    one = score_images(benchmark, pair(tmp_path, 60, 255), encoders, use, ONE)
+    assert values(one, "dino", subject="mug") == [0.0] and values(one, "dino", subject="cat")[0] > 0.6
+    assert one.attrs["protocol"]["encoders"]["detector"] == "finder" and "region" in one.attrs["protocol"]["evaluation"]
+    assert values(one, "clip_t") == values(
+        score_images(benchmark, tmp_path / "images", ENCODERS, settings(), ONE), "clip_t"
+    )
+
+
+def test_two_subjects_of_one_word_are_told_apart_by_their_photos(folder, tmp_path):  # noqa: F811
+    classes = folder / "dataset" / "prompts_and_classes.txt"
+    classes.write_text(classes.read_text().replace("mug,mug", "mug,cat"))
+    cases = folder / "cases_multi.json"
+    cases.write_text(cases.read_text().replace("a cat and a mug", "a cat and a cat"))
+    benchmark, use, encoders = (
+        Benchmark.load(folder, "multi"),
+        settings(region="detected"),
+        replace(ENCODERS, finder=Finder()),
+    )
+    PROMPTS["a cat and a cat in a city"] = 45
+    for left, right in ((10, 130), (130, 10)):  # cat's photos are at 0, 60, 120, mug's at 90, 150
+        scores = score_images(benchmark, pair(tmp_path, left, right), encoders, use, ONE)
+        for metric in ("dino", "clip_i"):
+            assert values(scores, metric, subject="cat") == pytest.approx([cosine(10, 50, 110)], abs=1e-6)
+            assert values(scores, metric, subject="mug") == pytest.approx([cosine(40, 20)], abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def grounding(tmp_path_factory):
+    return write_tiny_detector(tmp_path_factory.mktemp("models") / "grounding")
+
+
+def test_boxes_are_those_of_the_library(grounding):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 80, 3), np.uint8))
+    model = hf.GroundingDinoForObjectDetection.from_pretrained(grounding).eval()
+    processor = hf.GroundingDinoProcessor.from_pretrained(grounding)
+    inputs = processor(images=image, text="cat.", return_tensors="pt")
+    with torch.no_grad():
+        outputs = model(**inputs)
+    theirs = processor.post_process_grounded_object_detection(
+        outputs, inputs.input_ids, threshold=0.0, text_threshold=0.0, target_sizes=[(48, 80)]
+    )[0]
+    best = theirs["boxes"][theirs["scores"].argmax()].tolist()
+    (ours,) = Detector(str(grounding), threshold=0.0).boxes(image, ["cat"])
+    assert ours == pytest.approx(best, abs=1e-3)
+    highest = float(theirs["scores"].max())
+    for threshold, found in ((highest - 1e-4, True), (highest + 1e-4, False)):
+        detector = Detector(str(grounding), threshold=threshold)
+        assert (detector.boxes(image, ["cat"]) != [None]) == found
+    first, second = Detector(str(grounding), threshold=0.0).boxes(image, ["cat", "cat"])
+    assert first == ours and (second is None or overlap(first, second) < 0.5)
+
+
+def test_boxes_overlap_as_their_areas_do_and_a_crop_has_a_pixel():
+    assert overlap((0, 0, 2, 2), (1, 0, 3, 2)) == pytest.approx(1 / 3) and overlap((0, 0, 1, 1), (2, 2, 3, 3)) == 0
+    image = Image.new("RGB", (10, 6))
+    assert crop(image, (1.2, -3, 4.7, 99)).size == (4, 6) and crop(image, (9.9, 5.9, 9.9, 5.9)).size == (1, 1)
+    assert crop(image, None) is None
+
+
+def test_a_detector_that_is_none_is_said_and_one_that_is_scores(grounding, folder, tmp_path):  # noqa: F811
+    models = write_tiny_models(tmp_path / "models")
+    use = {"dino": str(models / "dino"), "clip": str(models / "clip"), "reader": None, "region": "detected"}
+    with pytest.raises(EncoderError, match=r"^evaluation.detector = .*it is a vit, and crops need a grounding-dino"):
+        load_encoders(settings(**use, detector=str(models / "dino")))
+    evaluation = settings(**use, detector=str(grounding), detector_threshold=0.0)
+    images = tmp_path / "images"
+    images.mkdir()
+    for k in range(3):
+        Image.fromarray(np.random.default_rng(k).integers(0, 256, (64, 96, 3), np.uint8)).save(
+            images / f"{k:04d}_0.png"
+        )
+    encoders = load_encoders(evaluation)
+    scores = score_images(Benchmark.load(folder, "single"), images, encoders, evaluation, ONE)
+    assert len(values(scores, "dino")) == 3 and encoders.ids["detector"].startswith("grounding@")
+    none = replace(encoders, finder=Detector(str(grounding), threshold=1.0))
+    assert values(score_images(Benchmark.load(folder, "single"), images, none, evaluation, ONE), "dino") == [0.0] * 3

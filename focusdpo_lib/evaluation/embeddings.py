@@ -9,6 +9,7 @@ import hashlib
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def kept(encoders: Encoders, folder: Path, passing: Path | None = None) -> Encod
         place = folder if "@" in encoder.id else passing
         if place is not None and not isinstance(encoder, Kept):
             known[name] = Kept(encoder, place_of(place, encoder.id))
-    return Encoders(known["dino"], known["clip"], encoders.reader)
+    return replace(encoders, **known)
 
 
 def place_of(folder: Path, encoder: str) -> Path:

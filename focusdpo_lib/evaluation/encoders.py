@@ -60,6 +60,15 @@ class AttributeReader(Protocol):
         """What was found against the true attributes by subject: (metric, subject, value, weight)."""
 
 
+class Finder(Protocol):
+    """What finds subjects in an image by their class words (`detector.Detector`)."""
+
+    id: str
+
+    def boxes(self, image: Image.Image, words: Sequence[str]) -> list[tuple[float, float, float, float] | None]:
+        """A box (left, top, right, bottom) a word, or None of what is not found."""
+
+
 @dataclass(frozen=True)
 class Encoders:
     """What a benchmark is scored with."""
@@ -67,10 +76,12 @@ class Encoders:
     dino: "DinoEncoder"
     clip: "ClipEncoder"
     reader: AttributeReader | None = None
+    finder: Finder | None = None  # where subjects are compared as they are found in an image, and not the whole of it
 
     @property
     def ids(self) -> dict[str, str | None]:
-        return {"dino": self.dino.id, "clip": self.clip.id, "reader": self.reader and self.reader.id}
+        found = {"dino": self.dino.id, "clip": self.clip.id, "reader": self.reader and self.reader.id}
+        return found | ({"detector": self.finder.id} if self.finder else {})
 
 
 def load_encoders(settings: Evaluation, device: str = "cpu", reader: AttributeReader | None = None) -> Encoders:
@@ -78,7 +89,12 @@ def load_encoders(settings: Evaluation, device: str = "cpu", reader: AttributeRe
     dino = DinoEncoder(shipped("dino", settings.dino), device, settings.batch_size, settings.dino_revision)
     of_clip = settings.batch_size, settings.clip_precision, settings.clip_revision
     clip = ClipEncoder(shipped("clip", settings.clip), device, *of_clip)
-    return Encoders(dino, clip, reader)
+    if settings.region == "image":
+        return Encoders(dino, clip, reader)
+    from focusdpo_lib.evaluation.detector import Detector
+
+    of_finder = settings.detector, settings.detector_revision, device, settings.detector_threshold
+    return Encoders(dino, clip, reader, Detector(*of_finder))
 
 
 def preprocess(image: Image.Image, resize: int, crop: int, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
@@ -108,7 +124,7 @@ class DinoEncoder:
         from transformers import AutoConfig, AutoModel  # seconds, as open_clip below
 
         try:
-            with _quietly():
+            with quietly():
                 config = AutoConfig.from_pretrained(model, revision=revision)
                 if (kind := config.model_type) not in DINO_TYPES:
                     raise ValueError(f"it is a {kind}, and a DINO score needs one of {', '.join(DINO_TYPES)}")
@@ -116,7 +132,7 @@ class DinoEncoder:
                     config.layer_norm_eps = PUBLISHED_EPS
                 how = {"config": config, "revision": revision, "output_loading_info": True}
                 loaded, report = AutoModel.from_pretrained(model, **how, ignore_mismatched_sizes=True)
-            _require_whole(report)
+            require_whole(report)
             size, self.patch = _sides(loaded.config)
         except LOADING_ERRORS as error:
             raise EncoderError(cannot_load("dino", model, error)) from None
@@ -212,7 +228,7 @@ def to_pixels(pictures: Sequence[Picture]) -> torch.Tensor:
 
 
 @contextmanager
-def _quietly():
+def quietly():
     """Without transformers' progress bar and report of missing keys: the caller looks at the report itself."""
     from transformers.utils import logging as transformers_logging
 
@@ -241,7 +257,7 @@ def _batched(kind: str, items: Sequence, size: int, encode: Callable) -> torch.T
     return F.normalize(vectors, dim=-1)
 
 
-def _require_whole(report: dict) -> None:
+def require_whole(report: dict) -> None:
     """Raises ValueError where weights are missing, have another shape, or are of layers that the model has not.
 
     Many ViTs are published without a pooler; the score is of the CLS token and never uses it, nor a classifier.

@@ -8,6 +8,7 @@ with the table through parquet.
 """
 
 from collections.abc import Mapping
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from PIL import Image
 
 from focusdpo_lib.evaluation import protocols, wording
 from focusdpo_lib.evaluation.benchmark import Benchmark, BenchmarkError, Case, open_image
+from focusdpo_lib.evaluation.detector import crop
 from focusdpo_lib.evaluation.encoders import Encoders, to_pixels
 from focusdpo_lib.params import Evaluation, Generation, Sampled
 
@@ -131,10 +133,18 @@ def _scored(
     at = [place[source] for source in sources.values()]
     pictures = [_paste(s) if isinstance(s, tuple) else s for s in unique]
     images = list(sources)
-    rows = []
+    rows, regions = [], None
+    if settings.region == "detected":
+        regions = _Regions.found(benchmark, images, [pictures[i] for i in at], encoders)
     for metric, encoder in (("dino", encoders.dino), ("clip_i", encoders.clip)):
-        embeddings = encoder.images(pictures)[at]
-        rows += _image_rows(metric, images, embeddings, benchmark, _photo_embeddings(benchmark, encoder), settings)
+        embeddings, photos = encoder.images(pictures)[at], _photo_embeddings(benchmark, encoder)
+        if regions is None:
+            compared = [
+                [embedding] * len(case.subjects) for (case, _), embedding in zip(images, embeddings, strict=True)
+            ]
+        else:
+            compared = regions.vectors(benchmark, images, encoder, photos)
+        rows += _image_rows(metric, images, compared, benchmark, photos, settings)
     rows += _text_rows(images, embeddings, benchmark, encoders, settings)  # the last embeddings are CLIP's
     if encoders.reader and benchmark.has_attributes:
         found = encoders.reader(to_pixels(pictures))
@@ -142,17 +152,63 @@ def _scored(
     return _table(rows, benchmark, encoders, settings, generation)
 
 
-def _image_rows(metric, images, embeddings, benchmark, photos, settings) -> list[tuple]:
-    """DINO or CLIP-I of every image with each of its subjects: mean cosine over the photos that `references` picks."""
+def _image_rows(metric, images, compared, benchmark, photos, settings) -> list[tuple]:
+    """DINO or CLIP-I of every image with each of its subjects: mean cosine over the photos that `references` picks.
+
+    `compared` has of every image a vector a subject, or None of one that was not found, which scores 0.
+    """
     rows = []
-    for (case, index), embedding in zip(images, embeddings, strict=True):
-        for name, reference in zip(case.subjects, case.references, strict=True):
+    for (case, index), vectors in zip(images, compared, strict=True):
+        for name, reference, vector in zip(case.subjects, case.references, vectors, strict=True):
             places = {photo: place for place, photo in enumerate(benchmark.subjects[name].photos)}
             chosen = scoring_photos(benchmark, name, reference, settings.references)
             against = photos[name][[places[photo] for photo in chosen]]
-            value = (against @ embedding).mean().item()
+            value = 0.0 if vector is None else (against @ vector).mean().item()
             rows.append((case.id, index, case.unit, case.prompt, metric, name, value, 1.0))
     return rows
+
+
+class _Regions:
+    """The parts of every image in which its subjects were found, a subject's part None where it was not."""
+
+    def __init__(self, crops: list[list[Image.Image | None]]):
+        self.crops = crops
+        self.assigned = False
+
+    @classmethod
+    def found(cls, benchmark: Benchmark, images, pictures, encoders: Encoders) -> "_Regions":
+        """Raises BenchmarkError where an image cannot be read."""
+        crops = []
+        for (case, _), picture in zip(images, pictures, strict=True):
+            image = picture if isinstance(picture, Image.Image) else open_image(picture)
+            words = [benchmark.subjects[name].class_name for name in case.subjects]
+            crops.append([crop(image, box) for box in encoders.finder.boxes(image, words)])
+        return cls(crops)
+
+    def vectors(self, benchmark: Benchmark, images, encoder, photos) -> list[list[torch.Tensor | None]]:
+        """A vector a crop. The first encoder (DINO) also says, of subjects of one class word, which is which."""
+        flat = [crop for crops in self.crops for crop in crops if crop is not None]
+        made = iter(encoder.images(flat) if flat else [])
+        vectors = [[None if crop is None else next(made) for crop in crops] for crops in self.crops]
+        if not self.assigned:
+            for i, (case, _) in enumerate(images):
+                order = _order(benchmark, case, vectors[i], photos)
+                vectors[i], self.crops[i] = ([of[k] for k in order] for of in (vectors[i], self.crops[i]))
+            self.assigned = True
+        return vectors
+
+
+def _order(benchmark: Benchmark, case: Case, vectors, photos) -> list[int]:
+    """Which crop is whose: as found or, of two subjects of one class word, as their photos together fit best."""
+    words = [benchmark.subjects[name].class_name for name in case.subjects]
+    if len(set(words)) == len(words):
+        return list(range(len(words)))
+
+    def fit(order) -> float:
+        chosen = [(vectors[k], photos[name]) for k, name in zip(order, case.subjects, strict=True)]
+        return sum((of @ vector).mean().item() for vector, of in chosen if vector is not None)
+
+    return list(max(permutations(range(len(words))), key=fit))
 
 
 def scoring_photos(benchmark: Benchmark, name: str, reference: Path, references: str) -> list[Path]:
