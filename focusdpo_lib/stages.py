@@ -19,14 +19,14 @@ from huggingface_hub import try_to_load_from_cache
 
 from focusdpo_lib import backbones, cluster, params, provenance, runs, workers
 from focusdpo_lib.backbones import best_device
-from focusdpo_lib.dip import dataset, review, scoring, toybox_stages
+from focusdpo_lib.dip import dataset, review, scoring
 from focusdpo_lib.dip import toybox as dip_toybox
+from focusdpo_lib.dip.assembly import assembled
 from focusdpo_lib.dip.card import write_card
-from focusdpo_lib.dip.chain import Stage
 from focusdpo_lib.dip.curation import curated, score_table
 from focusdpo_lib.dip.drafts import parts
 from focusdpo_lib.dip.pairs import write_pairs
-from focusdpo_lib.dip.run import Plan, run_chain
+from focusdpo_lib.dip.run import run_chain
 from focusdpo_lib.evaluation import case_list, encoders
 from focusdpo_lib.evaluation.benchmark import KINDS, Benchmark, BenchmarkError
 from focusdpo_lib.evaluation.embeddings import EMBEDDINGS, Kept, kept
@@ -157,41 +157,19 @@ def build_pairs(results: Path, run: str, dip: params.Dip) -> Path:
 
 
 def make_drafts(
-    results: Path,
-    run: str,
-    plan: Plan,
-    made_by: Sequence[Stage],
-    settings: Mapping[str, params.Section],
-    chain: params.Chain,
-    draft_bytes: int,
-    inputs: Mapping[str, Path | str] | None = None,
-    processes: int = 1,
+    results: Path, run: str, chain: params.Chain, sections: Mapping[str, params.Section], processes: int = 1
 ) -> Path:
-    """Stage chain: a plan's drafts through the stages of Figure 4, in several processes; returns the run's folder.
+    """Stage chain: drafts of pairs through the stages of Figure 4, in several processes; returns the run's folder.
 
-    `settings` and `inputs` are all that the plan and the stages depend on; `draft_bytes` is what a draft takes on disk.
+    `sections`: by name, the settings of what `chain` is made of (see `dip.assembly`).
     """
-    job = Run(place(results, "chain", run), {**settings, "chain": chain}, inputs)
+    made = assembled(chain, sections)
+    job = Run(place(results, "chain", run), {**made.settings, "chain": chain}, made.inputs)
     with job.alone():
         if not job.complete:
             with job:
-                run_chain(job.folder, plan, made_by, chain.part_size, draft_bytes, processes)
+                run_chain(job.folder, made.plan, made.stages, chain.part_size, made.draft_bytes, processes)
     return job.folder
-
-
-def toybox_drafts(
-    results: Path, run: str, dip: params.Dip, chain: params.Chain, by: params.Scoring, processes: int = 1
-) -> Path:
-    """`make_drafts` of the toybox: the pairs of `build_pairs`, by stages that can be looked at one by one, scored."""
-    made_by = [*map(given(toybox_stages.ToyboxStage, settings=dip), toybox_stages.MAKERS), scoring.Scoring(by)]
-    plan, size = given(toybox_stages.plan, dip), toybox_stages.DRAFT_BYTES
-    inputs = {name: _content(params.shipped(name, getattr(by, name))) for name in ("dino", "clip")}
-    return make_drafts(results, run, plan, made_by, {"dip": dip, "scoring": by}, chain, size, inputs, processes)
-
-
-def _content(model: str) -> Path | str:
-    """A model as an input of a run: a folder by what is in it, a hub id by itself."""
-    return Path(model) if Path(model).is_dir() else model
 
 
 def curate(results: Path, run: str, drafts: Path, curation: params.Curation, tolerance: int = 0) -> Path:

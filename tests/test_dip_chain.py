@@ -192,7 +192,7 @@ def results(tmp_path_factory):
 
 
 def test_the_toybox_s_stages_end_with_the_very_pairs_of_its_builder(results):
-    chain = stages.toybox_drafts(results, "main", DIP, params.Chain(part_size=4), params.Scoring())
+    chain = stages.make_drafts(results, "main", params.Chain(part_size=4), {"dip": DIP})
     assert is_complete(chain) and not list(chain.rglob(f"{PARTIAL}*"))
     pairs = read_dataset(stages.build_pairs(results, "main", DIP))
     made = list(stage_drafts(chain, "disruption"))
@@ -207,7 +207,7 @@ def test_the_toybox_s_stages_end_with_the_very_pairs_of_its_builder(results):
 
 
 def test_each_stage_of_the_toybox_adds_its_own(results):
-    chain = stages.toybox_drafts(results, "main", DIP, params.Chain(part_size=4), params.Scoring())
+    chain = stages.make_drafts(results, "main", params.Chain(part_size=4), {"dip": DIP})
     first = [next(stage_drafts(chain, name)) for name in ("plan", *toybox_stages.MAKERS)]
     filled = [
         {name for name in ("win", "references", "masks", "reference_masks", "captions", "lose", "disrupted_captions")
@@ -231,12 +231,12 @@ def test_identities_are_the_world_s_and_no_two_are_called_alike(results):
 
 
 def test_a_run_of_drafts_goes_on_where_it_was_killed(results, tmp_path):
-    whole = stages.toybox_drafts(results, "main", DIP, params.Chain(part_size=4), params.Scoring())
+    whole = stages.make_drafts(results, "main", params.Chain(part_size=4), {"dip": DIP})
     copied = tmp_path / "chain" / "main"
     shutil.copytree(whole, copied)
     (copied / "complete.json").unlink()
     shutil.rmtree(copied / "disruption")
     drafts.part(copied, "captioning", 1).unlink()
     (copied / "captioning" / f"{PARTIAL}x").mkdir()
-    stages.toybox_drafts(tmp_path, "main", DIP, params.Chain(part_size=4), params.Scoring())
+    stages.make_drafts(tmp_path, "main", params.Chain(part_size=4), {"dip": DIP})
     assert files(copied) == files(whole) and is_complete(copied) and not list(copied.rglob(f"{PARTIAL}*"))

@@ -227,7 +227,7 @@ def results(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chain(results):
-    return stages.toybox_drafts(results, "toybox", DIP, params.Chain(part_size=8), params.Scoring())
+    return stages.make_drafts(results, "toybox", params.Chain(part_size=8), {"dip": DIP})
 
 
 def test_pairs_are_those_that_pass_with_scores_and_identities(results, chain):

@@ -24,7 +24,7 @@ from focusdpo_lib import params, stages
 if __name__ == "__main__":
     results, pairs, processes = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     dip = params.Dip(train_pairs=pairs - 2 * (pairs // 10), validation_pairs=pairs // 10)
-    chain = stages.toybox_drafts(results, "toybox", dip, params.Chain(part_size=32), params.Scoring(), processes)
+    chain = stages.make_drafts(results, "toybox", params.Chain(part_size=32), {"dip": dip}, processes)
     stages.curate(results, "pairs", chain, params.Curation(similarity=0.9, drop=0.1))
 """
 

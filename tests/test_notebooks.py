@@ -103,6 +103,8 @@ FIGURES = {
     "pipeline": lambda: plots.pipeline([("dip", "pairs", "01"), ("masks", "weight", "02")]),
     "pair_gallery": lambda: plots.pair_gallery(PAIRS),
     "disruption_counts": lambda: plots.disruption_counts(NOTES, pd.Series(["base", "trim"])),
+    "score_distributions": lambda: plots.score_distributions(pd.DataFrame({"a": [1, 2.0], "b": [3, 3.0]}), {"a": 1.5}),
+    "review_page": lambda: plots.review_page([np.hstack([p.win, p.lose]) for p in PAIRS], ["1 · $", "2"]),
     "mask_gallery": gallery,
     "mask_gallery, own scales": lambda: gallery(shared_scores=False),
     "token_grids": lambda: plots.token_grids({"prior": np.eye(4), "scores": np.ones((4, 4)) / 3}),
