@@ -1,10 +1,9 @@
-"""What the engine `ray` costs against `local`: seconds a job, and whole small reproductions with two workers.
+"""What the engine `ray` costs against `local`: seconds a job, and a whole short reproduction with two workers.
 
-    python -m focusdpo_lib.batch.engines.cost             # half an hour; needs the extra [ray] and a quiet machine
+    python -m focusdpo_lib.batch.engines.cost        # a quarter of an hour; needs the extra [ray] and a quiet machine
 
-One reproduction is that of the profile smoke, thirteen notebooks of a few seconds each, which is hard on an engine. In
-the other, a short one of the toybox, more is computed; what `batch.plan` foretells of it, from a probe of this machine,
-stands beside what it took. Times are of whole processes, and ratios of one run.
+What `batch.plan` foretells of the reproduction, from a probe of this machine, stands beside what it took. Times are of
+whole processes, and ratios of one run.
 """
 
 import argparse
@@ -29,7 +28,6 @@ RESULTS, PAGE = "engines.json", "ENGINES.md"
 ENGINES, WORKERS = ("local", "ray"), (1, 2)
 FEW, EMPTY = 4, 8  # notebooks that do nothing, each after the one before: so many, and so many more
 A_JOB, FORETOLD = "a job", "the reproduction of the toybox as a plan foretells it"
-SMOKE = ("--profile", "smoke")
 SHORT = ("--profile", "toybox", "--families", "uno", "--set", "training.steps=40", "--set", "generation.prompts=2")
 ALL_EMPTY = """import sys
 from pathlib import Path
@@ -104,8 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
     with TemporaryDirectory() as folder:
         found = {A_JOB: {engine: a_job(engine, Path(folder)) for engine in ENGINES}}
         found[FORETOLD] = foretold(Path(folder), SHORT)
-        for words in (SHORT, SMOKE):
-            found[_named(words)] = {engine: a_reproduction(engine, Path(folder), words) for engine in ENGINES}
+        found[_named(SHORT)] = {engine: a_reproduction(engine, Path(folder), SHORT) for engine in ENGINES}
     facts = {"seconds": found, "machine": provenance.facts()}
     write_json(out / RESULTS, facts)
     write_text(out / PAGE, page(facts))
