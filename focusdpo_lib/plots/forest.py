@@ -1,5 +1,7 @@
 """Where a row wins, as a forest plot (notebooks 04 and 05): the table of `evaluation.wins` in, a Figure out."""
 
+import re
+
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -60,4 +62,4 @@ def _mark(axis: Axes, place: float, entry: dict) -> None:
 
 
 def _plain(name: str) -> str:
-    return name.replace("$", r"\$").replace("+", " + ")
+    return re.sub(r"\s*\+\s*", " + ", name).replace("$", r"\$")
