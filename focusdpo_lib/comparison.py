@@ -13,12 +13,13 @@ from IPython.display import HTML
 from matplotlib.figure import Figure
 from PIL import Image
 
-from focusdpo_lib import backbones, external, params, runs, stages
-from focusdpo_lib.evaluation import scores, statistics, tables
+from focusdpo_lib import backbones, external, params, plots, runs, stages
+from focusdpo_lib.evaluation import pages, scores, statistics, tables, whole, wins
 from focusdpo_lib.evaluation.benchmark import Benchmark
 from focusdpo_lib.evaluation.encoders import EncoderError, Encoders, to_pixels
 from focusdpo_lib.evaluation.rows import OBJECTIVES, ROWS
 from focusdpo_lib.evaluation.rows import family as family_of
+from focusdpo_lib.evaluation.whole import Whole
 from focusdpo_lib.generation import IMAGES, image_name
 from focusdpo_lib.runs import Run, atomic
 from focusdpo_lib.toybox.attributes import match
@@ -272,17 +273,55 @@ def _read_attributes(benchmark: Benchmark, images: Path, encoders: Encoders, cou
     return pd.DataFrame(lines, columns=list(scores.COLUMNS))
 
 
-def shown(result: pd.DataFrame) -> HTML:
+def shown(result: pd.DataFrame | Whole) -> HTML:
     """The table for a notebook; an interval may go below its mean, so that the eight columns of Table 2 fit a page."""
     style = ".fits :is(td, th) {white-space: normal !important; min-width: 5em; max-width: 9em}"
-    table = re.sub(r"\[(\S+), (\S+)\]", r"[\1,&nbsp;\2]", tables.html(result))  # an interval stays in one piece
-    return HTML(f'<style>{style}</style><div class="fits" style="overflow-x: auto">{table}</div>')
+    text = whole.html(result) if isinstance(result, Whole) else tables.html(result)
+    text = re.sub(r"\[(\S+), (\S+)\]", r"[\1,&nbsp;\2]", text)  # an interval stays in one piece
+    return HTML(f'<style>{style}</style><div class="fits" style="overflow-x: auto">{text}</div>')
+
+
+def where_rows_win(
+    found: Mapping[str, Sequence[pd.DataFrame]], benchmark: Benchmark
+) -> dict[str, tuple[pd.DataFrame, Figure]]:
+    """FocusDPO against its base, by subject and kind of prompt, for every family whose rows were scored: by name, the
+    table of `wins.compare` and its forest plot."""
+    made = {}
+    for row in (row for row in found if row.endswith("_focusdpo") and family_of(row) in found):
+        table = wins.compare(found[row], found[family_of(row)], benchmark)
+        made[f"wins_{family_of(row)}"] = table, plots.forest(table, ROWS[row], ROWS[family_of(row)])
+    return made
+
+
+def save_pages(
+    results: Path,
+    name: str,
+    everything: Whole,
+    benchmark: Benchmark,
+    found: Mapping[str, Sequence[pd.DataFrame]],
+    images: Mapping[str, Sequence[Path]],
+) -> list[Path]:
+    """Keeps pages of every image beside its references at results/pages/<name>, of each row's first training seed."""
+    rows = [pages.Row(ROWS.get(row, row), found[row][0], made[0] / IMAGES) for row, made in images.items()]
+    folder = stages.place(results, "pages", name)
+    with atomic(folder) as partial:
+        written = pages.write(partial / "page.html", everything.title, everything.caption, benchmark, rows)
+    return [folder / path.name for path in written]
 
 
 def save_table(
-    results: Path, name: str, result: pd.DataFrame, figures: Mapping[str, Figure | None], inputs: Mapping[str, Path]
+    results: Path,
+    name: str,
+    result: pd.DataFrame,
+    figures: Mapping[str, Figure | None],
+    inputs: Mapping[str, Path],
+    everything: Whole | None = None,
+    won: Mapping[str, tuple[pd.DataFrame, Figure]] | None = None,
 ) -> Path:
-    """Keeps a table (text, Markdown, CSV) and its figures at results/tables/<name>, whole, in place of an older one."""
+    """Keeps a table (text, Markdown, CSV) and its figures at results/tables/<name>, whole, in place of an older one.
+
+    With the table of all rows (Markdown, LaTeX, CSV) and what `where_rows_win` found.
+    """
     folder = stages.place(results, "tables", name)
     facts = {
         name: result.attrs[name] for name in ("protocol", "calibration", "sampling", "average", "bootstrap", "seed")
@@ -291,7 +330,12 @@ def save_table(
         for suffix, form in (("txt", tables.text), ("md", tables.markdown)):
             (partial / f"table.{suffix}").write_text(form(result), encoding="utf-8")
         result.to_csv(partial / "table.csv", index=False)
-        for title, figure in figures.items():
+        if everything is not None:
+            for suffix, form in (("md", whole.markdown), ("tex", whole.latex), ("csv", whole.csv)):
+                (partial / f"all_rows.{suffix}").write_text(form(everything), encoding="utf-8")
+        for title, (compared, _) in (won or {}).items():
+            compared.to_csv(partial / f"{title}.csv", index=False)
+        for title, figure in {**figures, **{title: drawn for title, (_, drawn) in (won or {}).items()}}.items():
             if figure is not None:
                 figure.savefig(partial / f"{title}.png")
     return folder

@@ -188,7 +188,7 @@ def _scored(
     benchmark = stages.load_benchmark(results, params.section("benchmark", values.get("benchmark"), where), kind)
     scores.check(benchmark, evaluation, row.sampling)
     folder = keep(results, benchmark, row)
-    encoders = stages.load_encoders(evaluation)
+    encoders = stages.load_encoders(evaluation, results)
     return folder, score(results, benchmark, folder, encoders, evaluation, row.sampling.prompts), evaluation.average
 
 

@@ -72,6 +72,13 @@ def test_a_notebook_leaves_out_what_only_attributes_tell_and_says_so(ran, name, 
     assert "less is better" not in (ran / "tables" / name / "table.md").read_text()
     figures = {path.stem for path in (ran / "tables" / name).glob("*.png")}
     assert figures == {"samples", "means"}
+    every = pd.read_csv(ran / "tables" / name / "all_rows.csv", index_col="method")
+    assert (every["state"] == "not run").sum() == {"table1": 7, "table2": 3}[name]  # of the paper's own rows
+    assert every.filter(like="difference").isna().all(axis=None)
+    for suffix in ("md", "tex"):
+        assert "published only" in (ran / "tables" / name / f"all_rows.{suffix}").read_text()
+    assert (ran / "pages" / name / "page.html").stat().st_size < 20e6
+    assert "0 families with a base and FocusDPO" in said
 
 
 def test_a_row_of_another_system_s_images_stands_in_the_table(ran):

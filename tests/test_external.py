@@ -10,6 +10,7 @@ from test_evaluation_layouts import as_cases, as_uno, listed, write_benchmark
 from tiny_models import write_tiny_models
 
 from focusdpo_lib import external, params, runs, stages
+from focusdpo_lib.batch import reproduce
 from focusdpo_lib.evaluation import scores
 from focusdpo_lib.evaluation.benchmark import Benchmark, BenchmarkError
 from focusdpo_lib.evaluation.layouts import LayoutError
@@ -139,3 +140,12 @@ def test_scoring_against_unseen_photos_needs_to_know_which_were_seen(single):
     with pytest.raises(BenchmarkError, match="unknown which photos went in"):
         scores.check(single, unseen, params.Sampled())
     scores.check(single, unseen, params.Sampled(references="listed"))
+
+
+def test_a_notebook_run_is_not_complete_once_the_images_of_a_row_have_changed(tmp_path):
+    root = Path(__file__).parents[1]
+    rows = [{"row": name, "folder": str(tmp_path / name), "layout": "case"} for name in ("there", "gone")]
+    (tmp_path / "there").mkdir()
+    book, file = (root / "notebooks" / "04_table1_single_subject.ipynb", root / "params" / "smoke" / "04_table1.yaml")
+    found = reproduce._inputs(book, file, {"external.rows": rows})
+    assert found["images of there"] == tmp_path / "there" and "images of gone" not in found

@@ -166,6 +166,9 @@ def _inputs(book: Path, file: Path, over: Mapping[str, Any]) -> dict[str, Path |
         kinds = {"dino": evaluation.dino, "clip": evaluation.clip, "reader": evaluation.reader}
         named |= {kind: params.shipped(kind, model) for kind, model in kinds.items() if model}
     found = {n: book.parent / model if str(model).startswith((".", "/")) else model for n, model in named.items()}
+    for given in typed["external"].rows if "external" in typed else []:
+        if (images := book.parent / given.folder).is_dir():  # a kept row outlives its folder
+            found[f"images of {given.row}"] = images
     if "benchmark" in typed and (folder := typed["benchmark"].folder) != "toybox":
         found["benchmark"] = book.parent / folder
         if not found["benchmark"].is_dir():
