@@ -9,6 +9,9 @@ from focusdpo_lib.evaluation.rows import FAMILIES, ROWS
 
 UNKNOWN = "unknown"  # a setting of sampling, or all of them, of images that came from elsewhere
 PROTOCOL = "evaluation.protocol"
+LEANING = "leaning to the other"  # a column; see scores
+
+OF_LEANING = " Of leaning, 0 is what a subject's own photos have and 1 what the other's have."
 
 Sampling = Mapping[str, Mapping[str, object] | str]  # by family, or by row where a row has none
 
@@ -27,7 +30,8 @@ def caption(result: pd.DataFrame, kind: str, leaks: bool) -> str:
     measured = ", ".join(f"{key} = {value}" for key, value in about["protocol"].items() if key != PROTOCOL)
     return (
         f"{first_line(result)} Mean [95 % interval, {_interval(result, kind)}]."
-        f"{averaged}{' Of the leakage rate, less is better.' if leaks else ''} "
+        f"{averaged}{' Of the leakage rate, less is better.' if leaks else ''}"
+        f"{OF_LEANING if (result['column'] == LEANING).any() else ''} "
         f"Measured with {measured}, evaluation.average = {about['average']}."
         f"{''.join(f' {sentence}' for sentence in sampled(about['sampling']))}"
     )

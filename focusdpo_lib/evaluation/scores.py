@@ -2,7 +2,8 @@
 
 A table of scores has one row for every image, metric and subject: case, index (of the image within the case), subjects
 ("cat+mug": the unit of the bootstrap), prompt, metric, subject ("" for the whole image), value, weight. `weight` is 1
-but for leakage, where it is the number of attributes that could leak, so that the rate is Σ value·weight / Σ weight.
+but for leakage, where it is the number of attributes that could leak, and for leaning, where it is 0 of a subject that
+was not found: of both, the rate is Σ value·weight / Σ weight.
 `attrs["protocol"]` says how it was measured, `attrs["same_class_units"]` which pairs share a class word; they travel
 with the table through parquet.
 """
@@ -145,6 +146,8 @@ def _scored(
         else:
             compared = regions.vectors(benchmark, images, encoder, photos)
         rows += _image_rows(metric, images, compared, benchmark, photos, settings)
+        if regions is not None and metric == "dino":
+            rows += _leaning_rows(images, compared, photos)
     rows += _text_rows(images, embeddings, benchmark, encoders, settings)  # the last embeddings are CLIP's
     if encoders.reader and benchmark.has_attributes:
         found = encoders.reader(to_pixels(pictures))
@@ -166,6 +169,34 @@ def _image_rows(metric, images, compared, benchmark, photos, settings) -> list[t
             value = 0.0 if vector is None else (against @ vector).mean().item()
             rows.append((case.id, index, case.unit, case.prompt, metric, name, value, 1.0))
     return rows
+
+
+def _leaning_rows(images, compared, photos) -> list[tuple]:
+    """How far each of two subjects leans to the other: a measure of leakage where attributes are unknown.
+
+    What its part of the image has of DINO's cosine with the other's photos less that with its own, on a scale of which
+    0 is what its own real photos have and 1 what the other's have. Against the toybox's exact leakage rate, subject by
+    subject, its rank correlation is 0.85 where what is wrong is the other's, and 0.66 where half of it is nobody's (a
+    low DINO alone: 0.38); see tests/test_evaluation_leaning.py. Weight 0 where a subject was not found, or where the
+    photos of both look alike.
+    """
+    rows = []
+    for (case, index), vectors in zip(images, compared, strict=True):
+        for k, name in enumerate(case.subjects if len(case.subjects) == 2 else ()):
+            own, other = photos[name], photos[case.subjects[1 - k]]
+            across = (own @ other.T).mean().item()
+            low, high = across - _likeness(own), _likeness(other) - across
+            value, weight = 0.0, 0.0
+            if vectors[k] is not None and high - low > 1e-4:
+                leans = ((other @ vectors[k]).mean() - (own @ vectors[k]).mean()).item()
+                value, weight = (leans - low) / (high - low), 1.0
+            rows.append((case.id, index, case.unit, case.prompt, "leaning", name, value, weight))
+    return rows
+
+
+def _likeness(photos: torch.Tensor) -> float:
+    """The mean cosine of a subject's photos with each other; 1 of a single one."""
+    return _mean_of_pairs(photos, "") if len(photos) > 1 else 1.0
 
 
 class _Regions:

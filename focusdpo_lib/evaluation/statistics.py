@@ -26,6 +26,7 @@ from scipy import stats
 from focusdpo_lib.params import Evaluation
 
 LEVEL = 0.95
+RATES = ("leakage", "leaning")  # of which each score has a weight of its own
 
 
 class Estimate(NamedTuple):
@@ -43,11 +44,11 @@ class Estimate(NamedTuple):
 def per_image(scores: pd.DataFrame, metric: str, subjects: str = "mean") -> pd.DataFrame:
     """One row an image: subjects (the unit), case, index, numerator, denominator.
 
-    Several subjects count as their mean or their minimum ("mean", "min"); leakage always as its ratio of sums.
+    Several subjects count as their mean or their minimum ("mean", "min"); rates always as their ratios of sums.
     """
     rows = scores[scores["metric"] == metric]
     key = ["subjects", "case", "index"]
-    if metric == "leakage":
+    if metric in RATES:
         sums = rows.assign(numerator=rows["value"] * rows["weight"], denominator=rows["weight"])
         return sums.groupby(key, sort=False)[["numerator", "denominator"]].sum().reset_index()
     reduced = rows.groupby(key, sort=False)["value"].agg(subjects).reset_index(name="numerator")
@@ -62,7 +63,7 @@ def units(seeds: list[pd.DataFrame], metric: str, average: str = "subject", subj
     tables = []
     for scores in seeds:
         sums = per_image(scores, metric, subjects).groupby("subjects")[["numerator", "denominator"]].sum()
-        if average == "subject" and metric != "leakage":
+        if average == "subject" and metric not in RATES:
             sums = sums.div(sums["denominator"], axis=0)
         tables.append(sums)
     if any(not table.index.equals(tables[0].index) for table in tables):

@@ -25,6 +25,7 @@ METRICS = {
     "clip_t": "CLIP-T",
     "attribute_accuracy": "attribute accuracy",
     "leakage": "leakage rate",
+    "leaning": captions.LEANING,
 }
 TITLES = {"single": "Table 1: single subject", "multi": "Table 2: two subjects"}
 SAME_CLASS = "same_class_units"  # of scores' attrs: pairs whose subjects share a class word
@@ -226,7 +227,7 @@ def _columns(settings: Evaluation, protocol: dict) -> list[tuple[str, str, str]]
     over = ["mean", "min"] if settings.subjects == "both" else [settings.subjects]
     columns = []
     for metric, label in METRICS.items():
-        if metric in ("clip_t", "leakage"):  # of the whole image, and a rate over both subjects
+        if metric in ("clip_t", *statistics.RATES):  # of the whole image, and a rate over both subjects
             columns.append((metric, "mean", label))
         else:
             columns += [(metric, how, f"{label} ({how})") for how in over]
@@ -243,7 +244,7 @@ def _components(runs: Mapping[str, list[pd.DataFrame]], columns: list[tuple[str,
     found: dict[str, dict] = {}
     for name, (scores, *_) in runs.items():
         for metric, subjects, column in columns if scores["index"].any() else ():
-            has = metric != "leakage" and (scores["metric"] == metric).any()
+            has = metric not in statistics.RATES and (scores["metric"] == metric).any()
             if shares := statistics.components(scores, metric, subjects) if has else None:
                 said = ", ".join(f"{of} {share:.0%}" for of, share in shares.items())
                 found.setdefault(ROWS.get(name, name), {})[column] = said
