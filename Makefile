@@ -89,6 +89,7 @@ strip: $(ready) ## Clear the outputs of the notebooks, as they are committed
 bench: $(ready) ## What a step costs, a start, and the engine ray (25 minutes; full size on a GPU)
 	$(python) -m focusdpo_lib.bench
 	$(python) -m focusdpo_lib.bench.starts
+	$(python) -m focusdpo_lib.bench.scoring
 	$(python) -m focusdpo_lib.batch.engines.cost
 
 toybox-weights: $(ready) ## Train every toybox model from nothing (hours on a CPU; resumable)
