@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial as given
 from pathlib import Path
 
@@ -478,10 +478,13 @@ def score(
         if not job.complete:
             with job:
                 encoders = kept(encoders, home(results) / EMBEDDINGS, job.folder / EMBEDDINGS)
+                files = tuple(image_files(benchmark, Path(images) / IMAGES, generation).values())
+                work = _Encoding.of(encoders, files, evaluation)
                 if processes > 1:
-                    files = tuple(image_files(benchmark, Path(images) / IMAGES, generation).values())
-                    work = _Encoding.of(encoders, files, evaluation)
                     workers.run(work, job.folder, processes, "vectors", "vector")
+                else:
+                    with workers.Bar("vectors", "vector") as bar:
+                        work.by(encoders, workers.WHOLE, bar)
                 scores = score_images(benchmark, Path(images) / IMAGES, encoders, evaluation, generation)
                 with atomic(job.folder / SCORES) as partial:
                     scores.to_parquet(partial)
@@ -503,7 +506,7 @@ class _Encoding:
 
     @classmethod
     def of(cls, encoders: Encoders, files: Sequence[Path], evaluation: params.Evaluation) -> "_Encoding":
-        by = {"dino": encoders.dino, "clip": encoders.clip}
+        by = cls._named(encoders)
         lacking = {name: tuple(encoder.missing(files)) for name, encoder in by.items()}
         return cls({name: encoder.folder for name, encoder in by.items()}, lacking, evaluation)
 
@@ -511,9 +514,18 @@ class _Encoding:
         if not any(self.pictures.values()):
             return
         found = encoders.load_encoders(self.evaluation, best_device())
-        by = {"dino": found.dino, "clip": found.clip}
-        all_kept = {name: Kept(encoder, self.folders[name]) for name, encoder in by.items()}
-        batches = {name: encoder.batches(self.pictures[name], shard) for name, encoder in all_kept.items()}
-        progress.expects(sum(len(batch) for of in batches.values() for batch in of))
-        for name, encoder in all_kept.items():
-            encoder.embed(batches[name], progress)
+        found = replace(found, dino=Kept(found.dino, self.folders["dino"]), clip=Kept(found.clip, self.folders["clip"]))
+        self.by(found, shard, progress)
+
+    def by(self, all_kept: Encoders, shard: Shard, progress: Progress) -> None:
+        """Encodes a shard by encoders that keep their vectors."""
+        todo = [
+            (encoder, encoder.batches(self.pictures[name], shard)) for name, encoder in self._named(all_kept).items()
+        ]
+        progress.expects(sum(len(batch) for _, batches in todo for batch in batches))
+        for encoder, batches in todo:
+            encoder.embed(batches, progress)
+
+    @staticmethod
+    def _named(encoders: Encoders) -> dict[str, Kept]:
+        return {"dino": encoders.dino, "clip": encoders.clip}
