@@ -305,7 +305,8 @@ def save_pages(
     rows = [pages.Row(ROWS.get(row, row), found[row][0], made[0] / IMAGES) for row, made in images.items()]
     folder = stages.place(results, "pages", name)
     with atomic(folder) as partial:
-        written = pages.write(partial / "page.html", everything.title, everything.caption, benchmark, rows)
+        title = f"{tables.TITLES[benchmark.kind]}, image by image"
+        written = pages.write(partial / "page.html", title, everything.caption, benchmark, rows)
     return [folder / path.name for path in written]
 
 

@@ -237,8 +237,8 @@ th,td{text-align:left;vertical-align:top;padding:.4em .6em;border-bottom:1px sol
 thead th{font-weight:bold}tbody th{max-width:14em}td{position:relative;font-size:12px;white-space:nowrap}
 img,.t{display:block;width:var(--side);height:var(--side);object-fit:contain;background:#eee center/contain no-repeat}
 td i{position:absolute;font-style:normal;font-size:11px;padding:0 .4em;color:#fff}
-.best img{outline:3px solid #0072B2}.best i{background:#0072B2}
-.worst img{outline:3px dashed #D55E00}.worst i{background:#A84300}
+.best img{outline:3px solid #0072B2;outline-offset:-3px}.best i{background:#0072B2}
+.worst img{outline:3px dashed #D55E00;outline-offset:-3px}.worst i{background:#A84300}
 """.strip()
 
 SCRIPT = """

@@ -109,17 +109,21 @@ def _line(result: pd.DataFrame, paper: pd.DataFrame, label: str, source: str | N
 
 
 def _notes(of: str, against: Mapping[str, list[str]]) -> tuple[str, ...]:
-    said: dict[str, list[str]] = {}
+    """Why no difference is shown, a sentence for the rows that share their reasons; then what the paper's table needs
+    to be said of it."""
+    rows_of: dict[str, list[str]] = {}
     for label, why in against.items():
-        if why:
-            said.setdefault("; ".join(why), []).append(label)
-    notes = [
-        f"No difference from the published numbers is shown for {'any row' if len(rows) == len(against) else names}: "
-        f"{why}."
-        for why, rows in said.items()
-        for names in [", ".join(rows)]
+        for reason in why:
+            rows_of.setdefault(reason, []).append(label)
+    reasons_of: dict[tuple[str, ...], list[str]] = {}
+    for reason, rows in rows_of.items():
+        reasons_of.setdefault(tuple(rows), []).append(reason)
+    said = [
+        f"No difference from the published numbers is shown for "
+        f"{'any row' if len(rows) == len(against) else ', '.join(rows)}: {'; '.join(why)}."
+        for rows, why in reasons_of.items()
     ]
-    return (*notes, *published.NOTES[of])
+    return (*said, *published.NOTES[of])
 
 
 def cells(of: Whole) -> pd.DataFrame:
