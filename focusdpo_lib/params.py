@@ -124,9 +124,21 @@ class Dip(Section):
 
 
 class Chain(Section):
-    """How the chain of Figure 4 runs; what its stages make does not depend on it."""
+    """Who makes each stage of Figure 4, and how the chain runs, on which nothing depends that comes out."""
 
+    synthesis: Literal["toybox", "source"] = "toybox"  # drawn by the toybox; or pairs of reference and winner that are
+    # there already (the section source)
+    segmentation: Literal["toybox", "models"] = "toybox"  # models: by the section of that name; so are …
+    captioning: Literal["toybox", "models"] = "toybox"
+    disruption: Literal["toybox", "models"] = "toybox"
     part_size: int = Field(64, gt=0)  # drafts a file: held in memory together, and lost by a process that is killed
+
+    @model_validator(mode="after")
+    def _of_one_world(self):
+        drawn = [name for name in ("segmentation", "captioning", "disruption") if getattr(self, name) == "toybox"]
+        if self.synthesis != "toybox" and drawn:
+            raise ValueError(f"{drawn[0]} by the toybox knows the toybox's own pairs alone: set it to models")
+        return self
 
 
 class Scoring(Section):
