@@ -126,8 +126,8 @@ class Dip(Section):
 class Chain(Section):
     """Who makes each stage of Figure 4, and how the chain runs, on which nothing depends that comes out."""
 
-    synthesis: Literal["toybox", "source"] = "toybox"  # drawn by the toybox; or pairs of reference and winner that are
-    # there already (the section source)
+    synthesis: Literal["toybox", "source", "models"] = "toybox"  # source: pairs of reference and winner that are there
+    # already; models: drawn by FLUX and UNO (the sections synthesis and backbone)
     segmentation: Literal["toybox", "models"] = "toybox"  # models: by the section of that name; so are …
     captioning: Literal["toybox", "models"] = "toybox"
     disruption: Literal["toybox", "models"] = "toybox"

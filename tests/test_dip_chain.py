@@ -17,6 +17,7 @@ from focusdpo_lib.dip import (
     scoring,
     segmentation,
     sources,
+    synthesis,
     toybox,
     toybox_stages,
 )
@@ -264,6 +265,16 @@ def test_a_chain_is_made_of_what_its_settings_name(tmp_path):
     assert [type(stage) for stage in made.stages] == kinds
     assert set(made.settings) == {"source", *STAGES[1:]} and made.settings["source"] == source
     assert made.inputs["source"] == tmp_path and made.draft_bytes == 4 * 2 * 256**2
+
+
+def test_a_chain_that_draws_goes_by_its_backbone_too(tmp_path):
+    chain = params.Chain(synthesis="models", segmentation="models", captioning="models", disruption="models")
+    (tmp_path / "lists.yaml").write_text("")
+    drawn = params.Synthesis(lists=str(tmp_path / "lists.yaml"), size=256)
+    made = assembled(chain, {"synthesis": drawn}, tmp_path)
+    assert type(made.stages[0]) is synthesis.Synthesis and made.draft_bytes == 4 * 2 * 256**2
+    assert set(made.settings) == {"synthesis", "backbone", *STAGES[1:]}
+    assert made.inputs["lists"] == tmp_path / "lists.yaml"
 
 
 def test_what_no_stage_reads_is_no_setting_of_a_run(tmp_path):

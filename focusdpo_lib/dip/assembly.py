@@ -7,14 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from focusdpo_lib import params
-from focusdpo_lib.dip import captioning, disruption, scoring, segmentation, sources, toybox_stages
+from focusdpo_lib.dip import captioning, disruption, scoring, segmentation, sources, synthesis, toybox_stages
 from focusdpo_lib.dip.chain import Stage
 from focusdpo_lib.dip.run import Plan
 
 STAGES = (*toybox_stages.MAKERS, scoring.NAME)  # in order
 PIXEL_BYTES = 2  # of a PNG: photos compress no better
 PICTURES = 4  # of a draft, about: winner, loser and two references
-MODELS = ("detector", "segmenter", "model")  # settings that may name a folder, whose content then counts
+MODELS = (
+    "detector",
+    "segmenter",
+    "model",
+    "subject_lora",
+)  # settings that may name a folder, whose content then counts
 
 
 @dataclass(frozen=True)
@@ -43,8 +48,8 @@ def assembled(chain: params.Chain, sections: Mapping[str, params.Section], answe
         "captioning": lambda: captioning.Captioning(given("captioning"), str(answers)),
         "disruption": lambda: disruption.Disruption(given("disruption")),
     }
-    plan, first, name, size = _begin(chain, given)
-    used = {name: given(name), scoring.NAME: by}
+    plan, first, names, size = _begin(chain, given)
+    used = {name: given(name) for name in names} | {scoring.NAME: by}
     made_by: list[Stage] = [first]
     for stage in STAGES[1:-1]:
         drawn = getattr(chain, stage) == "toybox"
@@ -53,15 +58,22 @@ def assembled(chain: params.Chain, sections: Mapping[str, params.Section], answe
     return Assembly(plan, [*made_by, scoring.Scoring(by)], used, size, _inputs(used))
 
 
-def _begin(chain: params.Chain, given) -> tuple[Plan, Stage, str, int]:
-    """The plan, the first stage, the section that both go by, and bytes of a draft."""
+def _begin(chain: params.Chain, given) -> tuple[Plan, Stage, tuple[str, ...], int]:
+    """The plan, the first stage, the sections that both go by, and bytes of a draft."""
     if chain.synthesis == "toybox":
         dip = given("dip")
         stage = toybox_stages.ToyboxStage("synthesis", dip)
-        return partial(toybox_stages.plan, dip), stage, "dip", toybox_stages.DRAFT_BYTES
-    source = given("source")
-    size = PICTURES * PIXEL_BYTES * source.size**2
-    return partial(sources.plan, source), sources.Source(source), "source", size
+        return partial(toybox_stages.plan, dip), stage, ("dip",), toybox_stages.DRAFT_BYTES
+    if chain.synthesis == "source":
+        source = given("source")
+        return partial(sources.plan, source), sources.Source(source), ("source",), _bytes(source.size)
+    drawn = given("synthesis")
+    stage = synthesis.Synthesis(drawn, given("backbone"), given("segmentation"))
+    return partial(synthesis.plan, drawn), stage, ("synthesis", "backbone"), _bytes(drawn.size)
+
+
+def _bytes(side: int) -> int:
+    return PICTURES * PIXEL_BYTES * side**2
 
 
 def _inputs(used: Mapping[str, params.Section]) -> dict[str, Path | str]:
@@ -73,6 +85,8 @@ def _inputs(used: Mapping[str, params.Section]) -> dict[str, Path | str]:
                 found[f"{name}.{key}"] = Path(model)
     by = used[scoring.NAME]
     found |= {name: _content(params.shipped(name, getattr(by, name))) for name in ("dino", "clip")}
+    if "synthesis" in used:
+        found["lists"] = Path(used["synthesis"].lists)
     if "source" in used and used["source"].kind == "photos":  # of others the published list is what counts
         found["source"] = _content(used["source"].folder)
     return found
