@@ -124,9 +124,21 @@ class Dip(Section):
 
 
 class Chain(Section):
-    """How the chain of Figure 4 runs; what its stages make does not depend on it."""
+    """Who makes each stage of Figure 4, and how the chain runs, on which nothing depends that comes out."""
 
+    synthesis: Literal["toybox", "source", "models"] = "toybox"  # source: pairs of reference and winner that are there
+    # already; models: drawn by FLUX and UNO (the sections synthesis and backbone)
+    segmentation: Literal["toybox", "models"] = "toybox"  # models: by the section of that name; so are …
+    captioning: Literal["toybox", "models"] = "toybox"
+    disruption: Literal["toybox", "models"] = "toybox"
     part_size: int = Field(64, gt=0)  # drafts a file: held in memory together, and lost by a process that is killed
+
+    @model_validator(mode="after")
+    def _of_one_world(self):
+        drawn = [name for name in ("segmentation", "captioning", "disruption") if getattr(self, name) == "toybox"]
+        if self.synthesis != "toybox" and drawn:
+            raise ValueError(f"{drawn[0]} by the toybox knows the toybox's own pairs alone: set it to models")
+        return self
 
 
 class Scoring(Section):
@@ -279,12 +291,32 @@ class Source(Section):
 
     kind: Literal["photos", "subjects200k", "uno_1m"] = "photos"
     folder: Place = "data/photos"
-    size: int = Field(512, ge=16)  # pixels: side of the winner, longer side of a reference
+    size: int = Field(512, ge=16)  # pixels: side of winners and references
     limit: int | None = Field(None, gt=0)  # the first so many rows that pass; none: all
     splits: Splits = Splits()
     subjects200k: Subjects200K = Subjects200K()
     uno_1m: Uno1M = Uno1M()
     seed: Seed = 0  # of the splits
+
+
+class Synthesis(Section):
+    """Pairs of reference and winner drawn by FLUX and UNO, in DIP's first stage."""
+
+    lists: Place = "../params/paper/dip/subjects.yaml"  # of subjects and scenes
+    single: int = Field(5000, ge=0)  # drafts with one subject …
+    double: int = Field(5000, ge=0)  # … and with two
+    size: int = Field(512, ge=16)  # pixels, height and width of winners and references
+    gutter: int = Field(16, ge=0)  # pixels cut away on either side of a diptych's middle
+    steps: int = Field(28, gt=0)
+    guidance: float = Field(3.5, ge=0)
+    redraw_steps: int = Field(25, gt=0)  # of a reference that UNO draws from a crop
+    redraw_guidance: float = Field(4.0, ge=0)
+    margin: Share = 0.1  # about a subject's box in that crop
+    tolerance: int = Field(30, ge=0, le=255)  # levels below white that a reference's ground may be …
+    plain: Share = 0.7  # … along this share of its edge
+    batch_size: int = Field(4, gt=0)
+    splits: Splits = Splits()
+    seed: Seed = 0
 
 
 class Disruption(Section):
@@ -339,6 +371,12 @@ class Captioning(Section):
         if self.base_url is not None and ("@" in self.base_url or "key=" in self.base_url):
             raise ValueError("base_url holds a secret, which would stand in every record: leave it out")
         return self
+
+    @property
+    def deciding(self) -> "Captioning":
+        """What answers depend on, the rest at its default: a budget may be raised, and a server move, in mid-run."""
+        names = ("by", "model", "revision", "side", "details", "max_tokens", "seed")
+        return Captioning(**self.model_dump(include=set(names)))
 
 
 MaskSource = Literal["sam2", "sam3", "files", "background"]
@@ -553,6 +591,7 @@ SECTIONS: dict[str, type[Section]] = {
     "workers": Workers,
     "resources": Resources,
     "slurm": Slurm,
+    "synthesis": Synthesis,
     "source": Source,
     "segmentation": Segmentation,
     "captioning": Captioning,

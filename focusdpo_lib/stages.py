@@ -163,7 +163,7 @@ def make_drafts(
 
     `sections`: by name, the settings of what `chain` is made of (see `dip.assembly`).
     """
-    made = assembled(chain, sections)
+    made = assembled(chain, sections, home(results) / "captions")
     job = Run(place(results, "chain", run), {**made.settings, "chain": chain}, made.inputs)
     with job.alone():
         if not job.complete:

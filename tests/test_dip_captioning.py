@@ -349,6 +349,13 @@ def test_a_damaged_answer_is_none(tmp_path):
     assert answers.get(*asked) is None
 
 
+def test_how_it_is_asked_is_no_part_of_what_answers_depend_on():
+    use = params.Captioning(details=2, model="mine", base_url="http://localhost:1/v1", budget=7.0, parallel=1)
+    moved = use.model_copy(update={"base_url": "http://localhost:2/v1", "budget": None, "timeout": 1.0})
+    assert use.deciding == moved.deciding == params.Captioning(details=2, model="mine")
+    assert params.Captioning(side=64).deciding != params.Captioning().deciding
+
+
 # --- a model on this machine -----------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,18 @@ import pytest
 from tiny_stages import Drawing, plan
 
 from focusdpo_lib import params, stages
-from focusdpo_lib.dip import drafts, toybox, toybox_stages
+from focusdpo_lib.dip import (
+    captioning,
+    disruption,
+    drafts,
+    scoring,
+    segmentation,
+    sources,
+    synthesis,
+    toybox,
+    toybox_stages,
+)
+from focusdpo_lib.dip.assembly import STAGES, assembled
 from focusdpo_lib.dip.chain import Draft
 from focusdpo_lib.dip.dataset import read_dataset
 from focusdpo_lib.dip.pair import EXTRA
@@ -240,3 +251,43 @@ def test_a_run_of_drafts_goes_on_where_it_was_killed(results, tmp_path):
     (copied / "captioning" / f"{PARTIAL}x").mkdir()
     stages.make_drafts(tmp_path, "main", params.Chain(part_size=4), {"dip": DIP})
     assert files(copied) == files(whole) and is_complete(copied) and not list(copied.rglob(f"{PARTIAL}*"))
+
+
+# --- From settings to a chain ---
+
+
+def test_a_chain_is_made_of_what_its_settings_name(tmp_path):
+    chain = params.Chain(synthesis="source", segmentation="models", captioning="models", disruption="models")
+    source = params.Source(folder=str(tmp_path), size=256)
+    made = assembled(chain, {"source": source, "dip": DIP}, tmp_path / "answers")
+    assert [stage.name for stage in made.stages] == list(STAGES)
+    kinds = [sources.Source, segmentation.Segmentation, captioning.Captioning, disruption.Disruption, scoring.Scoring]
+    assert [type(stage) for stage in made.stages] == kinds
+    assert set(made.settings) == {"source", *STAGES[1:]} and made.settings["source"] == source
+    assert made.inputs["source"] == tmp_path and made.draft_bytes == 4 * 2 * 256**2
+
+
+def test_a_chain_that_draws_goes_by_its_backbone_too(tmp_path):
+    chain = params.Chain(synthesis="models", segmentation="models", captioning="models", disruption="models")
+    (tmp_path / "lists.yaml").write_text("")
+    drawn = params.Synthesis(lists=str(tmp_path / "lists.yaml"), size=256)
+    made = assembled(chain, {"synthesis": drawn}, tmp_path)
+    assert type(made.stages[0]) is synthesis.Synthesis and made.draft_bytes == 4 * 2 * 256**2
+    assert set(made.settings) == {"synthesis", "backbone", *STAGES[1:]}
+    assert made.inputs["lists"] == tmp_path / "lists.yaml"
+
+
+def test_what_no_stage_reads_is_no_setting_of_a_run(tmp_path):
+    made = assembled(params.Chain(), {"dip": DIP, "captioning": params.Captioning()}, tmp_path)
+    assert set(made.settings) == {"dip", "scoring"} and set(made.inputs) == {"dino", "clip"}
+
+
+def test_the_content_of_a_model_s_folder_is_an_input(tmp_path):
+    chain = params.Chain(segmentation="models")
+    local = params.Segmentation(detector=str(tmp_path))
+    assert assembled(chain, {"segmentation": local}, tmp_path).inputs["segmentation.detector"] == tmp_path
+
+
+def test_the_toybox_s_stages_know_the_toybox_alone():
+    with pytest.raises(params.ParameterError, match="captioning by the toybox knows the toybox's own pairs alone"):
+        params.section("chain", {"synthesis": "source", "segmentation": "models", "disruption": "models"})

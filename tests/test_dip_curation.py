@@ -15,7 +15,7 @@ from focusdpo_lib.dip.card import CARD, licences
 from focusdpo_lib.dip.chain import Draft
 from focusdpo_lib.dip.curation import DUPLICATE, curated, score_table
 from focusdpo_lib.dip.dataset import DatasetError, read_dataset
-from focusdpo_lib.dip.pairs import splits_by_identity
+from focusdpo_lib.dip.pairs import split_of, splits_by_identity
 from focusdpo_lib.dip.review import Review
 from focusdpo_lib.dip.run import stage_drafts
 from focusdpo_lib.runs import RunError
@@ -207,6 +207,23 @@ def test_no_identity_is_in_two_splits_whatever_joins_the_pairs():
     order = rng.permutation(len(joined))
     assert splits_by_identity([joined[i][::-1] for i in order], shares) == [found[i] for i in order]
     assert splits_by_identity(joined, shares, seed=1) != found
+
+
+def test_a_group_that_would_upset_the_shares_goes_to_the_largest_split():
+    """Half of the pairs hang together by one identity."""
+    joined = [("hub", f"i{n}") for n in range(50)] + [(f"j{n}",) for n in range(50)]
+    for seed in range(8):
+        found = splits_by_identity(joined, {"test": 0.3, "train": 0.7}, seed)
+        assert set(found[:50]) == {"train"} and 2 < found[50:].count("test") < 30
+
+
+def test_a_plan_that_joins_identities_of_one_split_keeps_the_shares():
+    """However many pairs hang together: 2,000 of 200 identities."""
+    shares, rng = {"train": 0.8, "test": 0.2}, np.random.default_rng(0)
+    by = {split: [n for n in map(str, range(200)) if split_of(n, shares) == split] for split in shares}
+    joined = [tuple(rng.choice(by[split_of(str(n % 200), shares)], 2, replace=False)) for n in range(2000)]
+    found = splits_by_identity(joined, shares)
+    assert found == [split_of(names[0], shares) for names in joined]
 
 
 def test_the_shares_are_those_asked_for_where_nothing_is_joined():

@@ -1,15 +1,13 @@
 """The manual pass: verdicts survive crashes and can be taken back; agreement is that of the literature's examples."""
 
-import io
 import json
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from focusdpo_lib.dip.chain import Draft
 from focusdpo_lib.dip.review import Desk, Review, agreed, agreement, cohen_kappa, fleiss_kappa, verdicts
-from focusdpo_lib.dip.review_grid import OUTLINE, Grid, strip
+from focusdpo_lib.dip.review_grid import OUTLINE, Grid, sheet
 from focusdpo_lib.params import ParameterError
 from focusdpo_lib.runs import RunError
 
@@ -201,9 +199,9 @@ def test_the_grid_shows_a_page_and_takes_keys_and_clicks(review):
     assert len(review.found) == 8
 
 
-def test_a_strip_shows_references_winner_and_loser_with_the_winner_s_outline():
+def test_a_sheet_shows_references_winner_and_loser_with_the_winner_s_outline():
     draft = drawn(["a"])[0]
-    picture = np.asarray(Image.open(io.BytesIO(strip(draft, 64))))
+    picture = np.asarray(sheet(draft, 64))
     assert picture.shape == (64, 3 * 64 + 8, 3)
     assert (picture[:, :64] == draft.references[0]).all() and (picture[:, 136:] == draft.lose).all()
     winner = picture[:, 68:132]

@@ -59,9 +59,13 @@ def test_a_line_becomes_a_draft_with_its_pictures_and_masks(photos):
     first, second = read(listed(photos, LINE | masks | more, "", LINE | {"references": "ref.png"}))
     assert (first.id, first.split, first.identities) == ("one", "test", ("red mug",)) and not first.dropped
     assert np.array_equal(first.win, coloured()[:, 4:36])  # the square in its middle
-    assert np.array_equal(first.references[0], coloured(32, 16, 1))
+    assert np.array_equal(first.references[0][8:24], coloured(32, 16, 1))  # padded to a square …
+    edge = coloured(32, 16, 1)
+    edge = np.concatenate([edge[0], edge[-1], edge[1:-1, 0], edge[1:-1, -1]])
+    assert np.abs(first.references[0][:8] - np.median(edge, 0)).max() <= 0.5  # … in the colour of its edge
     assert first.masks[0][4:10, 4:16].all() and first.masks[0].sum() == 6 * 12 and first.masks[0].shape == (32, 32)
-    assert first.reference_masks[0].shape == (16, 32) and first.reference_masks[0].sum() == 6 * 12
+    assert first.reference_masks[0].shape == (32, 32) and first.reference_masks[0].sum() == 6 * 12
+    assert first.reference_masks[0][12:18, 8:20].all()
     assert first.provenance["synthesis"]["licence"] == "CC-BY-4.0"
     assert (second.id, second.identities, second.masks) == (
         "000003",
@@ -73,7 +77,7 @@ def test_a_line_becomes_a_draft_with_its_pictures_and_masks(photos):
 def test_pictures_and_their_masks_are_scaled_alike(photos):
     masks = {"masks": ["win_mask.png"], "reference_masks": ["ref_mask.png"]}
     (draft,) = read(listed(photos, LINE | masks), size=64)
-    assert draft.win.shape == (64, 64, 3) and draft.references[0].shape == (32, 64, 3)
+    assert draft.win.shape == (64, 64, 3) and draft.references[0].shape == (64, 64, 3)
     assert draft.masks[0].sum() == 4 * 6 * 12 and draft.masks[0][8:20, 8:32].all()
     assert draft.reference_masks[0].sum() == 4 * 6 * 12
 
@@ -309,7 +313,7 @@ def test_pairs_of_uno_1m_that_score_high_enough_are_read(uno):
     (uno / "labels" / "split1.json").write_text(json.dumps(rows))
     first, second = read(uno, "uno_1m")
     assert (first.id, first.prompt, first.identities) == ("split1-000000", "a mug on grass", ("split1/0_a.png",))
-    assert first.win.shape == (32, 32, 3) and first.references[0].shape == (32, 24, 3) and not first.dropped
+    assert first.win.shape == (32, 32, 3) and first.references[0].shape == (32, 32, 3) and not first.dropped
     assert (second.id, second.dropped) == ("split1-000005", "a picture that cannot be used")  # not unpacked yet
     assert len(list(sources.plan(settings(uno, "uno_1m", uno_1m={"score": 4.0})))) == 1
 

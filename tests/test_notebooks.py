@@ -56,6 +56,7 @@ def test_a_notebook_run_in_a_batch_keeps_no_widget(ran, name):
 
 def test_the_notebooks_leave_complete_runs_with_their_figures_and_numbers(ran):
     assert runs.is_complete(ran / "dip" / "pairs") and runs.is_complete(ran / "masks" / "default")
+    assert runs.is_complete(ran / "chain" / "drafts") and runs.is_complete(ran / "dip" / "drafts-curated")
     kept = {path.name for path in (ran / "masks" / "default").iterdir()}
     assert {"by_hand.png", "entropy.png", "timesteps_two_subjects.png", "switches.png", "coverage.png"} <= kept
     assert {"movement.png", "movement_ipap.png", "grade_uno.png", "grade_ipap.png"} <= kept

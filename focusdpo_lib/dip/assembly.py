@@ -4,13 +4,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from focusdpo_lib import params
-from focusdpo_lib.dip import scoring, toybox_stages
+from focusdpo_lib.dip import captioning, disruption, scoring, segmentation, sources, synthesis, toybox_stages
 from focusdpo_lib.dip.chain import Stage
 from focusdpo_lib.dip.run import Plan
 
 STAGES = (*toybox_stages.MAKERS, scoring.NAME)  # in order
+PIXEL_BYTES = 2  # of a PNG: photos compress no better
+PICTURES = 4  # of a draft, about: winner, loser and two references
+MODELS = (
+    "detector",
+    "segmenter",
+    "model",
+    "subject_lora",
+)  # settings that may name a folder, whose content then counts
 
 
 @dataclass(frozen=True)
@@ -24,19 +33,65 @@ class Assembly:
     inputs: dict[str, Path | str] = field(default_factory=dict)
 
 
-def assembled(chain: params.Chain, sections: Mapping[str, params.Section]) -> Assembly:
-    """The chain that `chain` names, each stage by its own section of `sections`; one that is not there has defaults."""
+def assembled(chain: params.Chain, sections: Mapping[str, params.Section], answers: Path) -> Assembly:
+    """The chain that `chain` names, each stage by its own section of `sections`; one that is not given has defaults.
 
-    def settings_of(name: str) -> params.Section:
+    `answers`: the folder that keeps what captioners said.
+    """
+
+    def given(name: str) -> Any:
         return sections.get(name) or params.section(name)
 
-    dip, by = settings_of("dip"), settings_of(scoring.NAME)
-    inputs = {name: _content(params.shipped(name, getattr(by, name))) for name in ("dino", "clip")}
-    stages = [*map(partial(toybox_stages.ToyboxStage, settings=dip), toybox_stages.MAKERS), scoring.Scoring(by)]
-    used = {"dip": dip, scoring.NAME: by}
-    return Assembly(partial(toybox_stages.plan, dip), stages, used, toybox_stages.DRAFT_BYTES, inputs)
+    dip, by = given("dip"), given(scoring.NAME)
+    of_models = {
+        "segmentation": lambda: segmentation.Segmentation(given("segmentation")),
+        "captioning": lambda: captioning.Captioning(given("captioning"), str(answers)),
+        "disruption": lambda: disruption.Disruption(given("disruption")),
+    }
+    plan, first, names, size = _begin(chain, given)
+    used = {name: given(name) for name in names} | {scoring.NAME: by}
+    made_by: list[Stage] = [first]
+    for stage in STAGES[1:-1]:
+        drawn = getattr(chain, stage) == "toybox"
+        made_by.append(toybox_stages.ToyboxStage(stage, dip) if drawn else of_models[stage]())
+        used |= {} if drawn else {stage: given(stage)}
+    return Assembly(plan, [*made_by, scoring.Scoring(by)], used, size, _inputs(used))
+
+
+def _begin(chain: params.Chain, given) -> tuple[Plan, Stage, tuple[str, ...], int]:
+    """The plan, the first stage, the sections that both go by, and bytes of a draft."""
+    if chain.synthesis == "toybox":
+        dip = given("dip")
+        stage = toybox_stages.ToyboxStage("synthesis", dip)
+        return partial(toybox_stages.plan, dip), stage, ("dip",), toybox_stages.DRAFT_BYTES
+    if chain.synthesis == "source":
+        source = given("source")
+        return partial(sources.plan, source), sources.Source(source), ("source",), _bytes(source.size)
+    drawn = given("synthesis")
+    stage = synthesis.Synthesis(drawn, given("backbone"), given("segmentation"))
+    return partial(synthesis.plan, drawn), stage, ("synthesis", "backbone"), _bytes(drawn.size)
+
+
+def _bytes(side: int) -> int:
+    return PICTURES * PIXEL_BYTES * side**2
+
+
+def _inputs(used: Mapping[str, params.Section]) -> dict[str, Path | str]:
+    """What lies in folders: encoders, models and own photos, by their content."""
+    found: dict[str, Path | str] = {}
+    for name, settings in used.items():
+        for key in MODELS:
+            if (model := getattr(settings, key, None)) is not None and Path(model).is_dir():
+                found[f"{name}.{key}"] = Path(model)
+    by = used[scoring.NAME]
+    found |= {name: _content(params.shipped(name, getattr(by, name))) for name in ("dino", "clip")}
+    if "synthesis" in used:
+        found["lists"] = Path(used["synthesis"].lists)
+    if "source" in used and used["source"].kind == "photos":  # of others the published list is what counts
+        found["source"] = _content(used["source"].folder)
+    return found
 
 
 def _content(model: str) -> Path | str:
-    """A model as an input of a run: a folder by what is in it, a hub id by itself."""
+    """A folder by what is in it, a hub id by itself."""
     return Path(model) if Path(model).is_dir() else model

@@ -53,9 +53,14 @@ def _rim(image: np.ndarray) -> np.ndarray:
     return rim
 
 
+def edge_colour(image: np.ndarray) -> np.ndarray:
+    """The median (3,) of an image's outermost pixels, channel by channel."""
+    return np.median(image[_rim(image)], axis=0)
+
+
 def _alike(image: np.ndarray, tolerance: int) -> np.ndarray:
     """Where an image (H, W, 3) is, within `tolerance` levels in every channel, as the median of its edge."""
-    return np.abs(image.astype(int) - np.median(image[_rim(image)], axis=0)).max(-1) <= tolerance
+    return np.abs(image.astype(int) - edge_colour(image)).max(-1) <= tolerance
 
 
 def edge_share(image: np.ndarray, tolerance: int) -> float:

@@ -5,6 +5,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from focusdpo_lib.backbones import is_hub_id
@@ -50,6 +51,15 @@ class loading:
 def facts(source: str, revision: str | None) -> dict[str, str]:
     """A model as provenance names it, and as the data card looks for its licence."""
     return {"model": source, **({"revision": revision} if revision else {})}
+
+
+def images(pixels: torch.Tensor) -> list[np.ndarray]:
+    """Pixels (B, 3, H, W) in [-1, 1] as images (H, W, 3) of uint8. Raises StageError for NaN and infinity."""
+    if not pixels.isfinite().all():
+        raise StageError(
+            "an image came out as NaN or infinity: a weight of the model overflows; set backbone.precision to float32"
+        )
+    return list(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
 
 
 def batches(keys: Sequence[Hashable], size: int) -> Iterator[list[int]]:

@@ -1,6 +1,7 @@
 """From drafts to the dataset: which become pairs, in which split, and what is said of them."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -49,10 +50,9 @@ def _kept(chain: Path, split: str, wanted: Collection[str], encoded: Encoded, se
         if wanted.isdisjoint(drafts.column(path, "id")):
             continue
         encoded.clear()
-        for draft in drafts.read(path, encoded):
-            if draft.id in wanted:
-                _check_split(draft, seen)
-                yield pair_of(draft)
+        for draft in drafts.read(path, encoded, only=wanted):
+            _check_split(draft, seen)
+            yield pair_of(draft)
 
 
 def _check_split(draft: Draft, seen: dict[str, str]) -> None:
@@ -69,7 +69,8 @@ def splits_by_identity(identities: Sequence[Sequence[str]], shares: Mapping[str,
 
     Pairs that share an identity, or are joined by others that do, go together; which split such a group goes to is a
     hash of the smallest name in it and `seed`, so that it depends neither on the order of the pairs nor on the machine.
-    `shares` of the groups are expected in each split.
+    `shares` of the groups are expected in each split; a group of more than a tenth of all pairs, which would upset
+    them, goes to the split with the largest share, unless all its identities are of one split by themselves.
     """
     group: dict[str, str] = {}
 
@@ -83,10 +84,20 @@ def splits_by_identity(identities: Sequence[Sequence[str]], shares: Mapping[str,
         roots = sorted({root(name) for name in names})
         for other in roots[1:]:
             group[other] = roots[0]  # the smallest name of all, since each root is the smallest of its group
-    return [_drawn(root(names[0]), shares, seed) for names in identities]
+    roots = [root(names[0]) for names in identities]
+    of_its_own = {name: set() for name in roots}
+    for name in group:
+        of_its_own[root(name)].add(split_of(name, shares, seed))
+    large, most = Counter(roots), max(shares, key=shares.get)
+    upset = {name for name in of_its_own if 10 * large[name] > len(roots) > 10 and len(of_its_own[name]) > 1}
+    return [most if name in upset else split_of(name, shares, seed) for name in roots]
 
 
-def _drawn(name: str, shares: Mapping[str, float], seed: int) -> str:
+def split_of(name: str, shares: Mapping[str, float], seed: int = 0) -> str:
+    """The split of an identity that stands alone: a hash of its name and `seed`, as frequent as its share.
+
+    A plan that joins only identities of one split keeps the shares, however many pairs it makes of them.
+    """
     at = int.from_bytes(hashlib.sha256(f"{seed}|{name}".encode()).digest()[:8], "big") / 2**64 * sum(shares.values())
     for split, share in shares.items():
         if at < share:

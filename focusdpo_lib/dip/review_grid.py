@@ -21,22 +21,20 @@ OUTLINE = (230, 159, 0), (86, 180, 233), (204, 121, 167), (0, 158, 115)  # of th
 GREEN, RED, GREY = "#cde8d5", "#f4c7c3", "#eeeeee"
 
 
-def strip(draft: Draft, height: int = HEIGHT) -> bytes:
-    """References, winner with its subjects outlined, loser: side by side, as a PNG."""
+def sheet(draft: Draft, height: int = HEIGHT) -> Image.Image:
+    """References, winner with its subjects outlined, loser: side by side."""
     shown = [*draft.references, draft.win, draft.lose]
     sizes = [round(image.shape[1] * height / image.shape[0]) for image in shown]
-    sheet = Image.new("RGB", (sum(sizes) + 4 * (len(shown) - 1), height), "white")
+    wide = Image.new("RGB", (sum(sizes) + 4 * (len(shown) - 1), height), "white")
     at = 0
     for number, (image, width) in enumerate(zip(shown, sizes, strict=True)):
         how = Image.Resampling.NEAREST if image.shape[0] < height else Image.Resampling.LANCZOS
         picture = Image.fromarray(image).resize((width, height), how)
         if number == len(draft.references):
             _outline(picture, draft.masks)
-        sheet.paste(picture, (at, 0))
+        wide.paste(picture, (at, 0))
         at += width + 4
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    return buffer.getvalue()
+    return wide
 
 
 def _outline(picture: Image.Image, masks: Sequence[np.ndarray]) -> None:
@@ -121,7 +119,9 @@ class _Cell:
     def show(self, draft: Draft | None) -> None:
         self.box.layout.display = "none" if draft is None else "flex"
         if draft is not None:
-            self.image.value = strip(draft)
+            buffer = io.BytesIO()
+            sheet(draft).save(buffer, "PNG")
+            self.image.value = buffer.getvalue()
             numbers = (f"{name} {draft.scores[name]:.2f}" for name in ("similarity", "drop") if name in draft.scores)
             said = " · ".join([_escaped(draft.prompt), *numbers])
             self.text.value = f'<div style="line-height: 1.2">{draft.id}: {said}</div>'

@@ -4,8 +4,8 @@ Each source is a plan (drafts without pictures, read from lists alone) and a sta
 reads the pictures. Layouts are in docs/inputs.md. A picture without use and a prompt that does not name its subjects
 drop the draft; a list that cannot be read ends the run before anything is made.
 
-Winners are scaled by their short side and cut to a square around the centre, references scaled by their long side; the
-masks that come with them go the same way.
+All pictures become squares of one size, for training takes no others: winners are cut around their centre, references
+padded in the colour of their edge; the masks that come with them go the same way.
 """
 
 import json
@@ -23,7 +23,7 @@ from PIL import Image
 from focusdpo_lib import params, pictures
 from focusdpo_lib.dip.chain import Draft, Maker, Unfit, one_by_one
 from focusdpo_lib.dip.dataset import SPLITS
-from focusdpo_lib.dip.mask_rules import edge_share
+from focusdpo_lib.dip.mask_rules import edge_colour, edge_share
 from focusdpo_lib.dip.models import StageError
 from focusdpo_lib.dip.pairs import splits_by_identity
 from focusdpo_lib.evaluation.wording import mentions, plain
@@ -130,8 +130,8 @@ def _read_photos(settings: params.Source, draft: Draft) -> Draft:
         draft,
         win=_square(win, settings.size),
         masks=tuple(_square(mask, settings.size) > 0 for mask in masks),
-        references=tuple(_long_side(photo, settings.size) for photo in references),
-        reference_masks=tuple(_long_side(mask, settings.size) > 0 for mask in behind),
+        references=tuple(_padded(photo, settings.size) for photo in references),
+        reference_masks=tuple(_padded(mask, settings.size) > 0 for mask in behind),
     )
 
 
@@ -151,10 +151,16 @@ def _square(picture: Image.Image, side: int) -> np.ndarray:
     return np.asarray(picture.crop((left, top, left + side, top + side)))
 
 
-def _long_side(picture: Image.Image, side: int) -> np.ndarray:
-    """Scaled so that its longer side is `side`."""
+def _padded(picture: Image.Image, side: int) -> np.ndarray:
+    """(side, side): scaled by its long side, and padded in the colour of its edge (a mask: with nothing)."""
     scale = side / max(picture.size)
-    return np.asarray(_scaled(picture, tuple(max(1, round(edge * scale)) for edge in picture.size)))
+    pixels = np.asarray(_scaled(picture, tuple(max(1, round(edge * scale)) for edge in picture.size)))
+    whole = np.zeros((side, side, *pixels.shape[2:]), np.uint8)
+    if pixels.ndim == 3:
+        whole[:] = np.rint(edge_colour(pixels))
+    top, left = ((side - edge) // 2 for edge in pixels.shape[:2])
+    whole[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
+    return whole
 
 
 def _scaled(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -212,7 +218,7 @@ class _Panels:
         # What a row calls its item need not stand in the description word for word; its last word mostly does.
         (item,) = draft.subjects
         subject = item if mentions(prompt, item) else item.split()[-1]
-        images = {"win": _square(win, settings.size), "references": (_long_side(photo, settings.size),)}
+        images = {"win": _square(win, settings.size), "references": (_padded(photo, settings.size),)}
         return replace(draft, prompt=prompt, subjects=(subject,), **images)
 
     def _row(self, path: Path, row: int) -> bytes:
