@@ -90,6 +90,9 @@ def test_each_score_sees_its_own_fault_in_the_worst_subject():
 def test_subjects_are_compared_on_white_and_by_their_own_masks():
     """What surrounds a subject, in scene and reference alike, counts for nothing."""
     assert scored(draft(ground=10))[0]["similarity"] == pytest.approx(1)
+    notched = draft().masks[1].copy()
+    notched[8, 6] = False
+    assert (np.asarray(scoring.cutout(draft().win, notched))[2, 0] == 255).all()
     part = np.asarray(scoring.cutout(draft().win, draft().masks[1]))
     assert part.shape == (8, 8, 3) and (part[2:6] == BLUE).all() and (part[:2] == 255).all() and (part[6:] == 255).all()
 

@@ -54,6 +54,13 @@ def test_no_description_is_in_two_splits():
     assert set(seen.values()) == {"train", "validation", "test"}
 
 
+def test_pairs_of_two_keep_the_shares_of_the_splits():
+    """Of identities joined at random nearly all pairs would hang together, and be in one split."""
+    drafts = plan(settings(single=0, double=2000, splits={"train": 0.6, "validation": 0.2, "test": 0.2}))
+    share = {split: sum(d.split == split for d in drafts) / 2000 for split in ("train", "validation", "test")}
+    assert abs(share["train"] - 0.6) < 0.05 and min(share.values()) > 0.15
+
+
 def test_more_drafts_begin_with_the_same():
     few, many = plan(settings(single=5, double=0)), plan(settings(single=9, double=3))
     assert [(d.id, d.prompt, d.identities) for d in few] == [(d.id, d.prompt, d.identities) for d in many[:5]]

@@ -26,7 +26,7 @@ from focusdpo_lib.dip.chain import Draft, Maker, Unfit
 from focusdpo_lib.dip.detectors import load_detector
 from focusdpo_lib.dip.mask_rules import choose, edge_colour, edge_share
 from focusdpo_lib.dip.models import StageError, facts, images, seed_of
-from focusdpo_lib.dip.pairs import splits_by_identity
+from focusdpo_lib.dip.pairs import split_of, splits_by_identity
 
 NAME = "synthesis"
 KINDS = ("object", "animal", "human")
@@ -72,7 +72,8 @@ def plan(settings: params.Synthesis) -> list[Draft]:
 def _drawn(settings: params.Synthesis, lists: Mapping[str, Any], count: int, number: int) -> Draft:
     name = f"{('single', 'double')[count - 1]}-{number:05d}"
     rng = np.random.default_rng(seed_of(settings.seed, NAME, name))
-    chosen = list(islice(_subjects(rng, lists), count))
+    home = partial(split_of, shares=settings.splits.model_dump(), seed=settings.seed)
+    chosen = list(islice(_subjects(rng, lists, home), count))
     words, described = [word for _, word, _ in chosen], [look for *_, look in chosen]
     kind = max((kind for kind, *_ in chosen), key=KINDS.index)  # with a human, a scene for humans
     scene = _pick(rng, lists["scenes"][kind])
@@ -86,17 +87,25 @@ def _drawn(settings: params.Synthesis, lists: Mapping[str, Any], count: int, num
     )
 
 
-def _subjects(rng: np.random.Generator, lists: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """(kind, class word, description) of one subject after the other; no class twice."""
+def _subjects(
+    rng: np.random.Generator, lists: Mapping[str, Any], home: Callable[[str], str]
+) -> Iterator[tuple[str, str, str]]:
+    """(kind, class word, description) of one subject after the other; no class twice.
+
+    All are of the first one's `home`, a split: joined across splits, thousands of pairs would hang together and end in
+    one. Where lists are so short that a hundred draws find none, any will do.
+    """
     seen: set[str] = set()
-    kinds = [kind for kind in KINDS if kind in lists["subjects"]]
+    kinds, at_home, tried = [kind for kind in KINDS if kind in lists["subjects"]], "", 0
     while True:
+        tried += 1
         kind = _pick(rng, kinds)
         subject = _pick(rng, lists["subjects"][kind])
         filled = {name: _pick(rng, words) for name, words in lists["slots"].items()}
         look = _pick(rng, subject["looks"]).format(**filled)
-        if subject["word"] not in seen:
+        if subject["word"] not in seen and (not at_home or home(look) == at_home or tried > 100):
             seen.add(subject["word"])
+            at_home, tried = at_home or home(look), 0
             yield kind, subject["word"], look
 
 
