@@ -76,6 +76,8 @@ def test_a_plan_is_estimated_for_this_machine_and_says_so(monkeypatch, tmp_path)
     for name, seconds in steps.items():
         other = 16 * 20 * 0.01 + cost["rest"][f"03_{name}"] * slower
         assert minutes[f"03_{name}-seed0"] == pytest.approx((seconds + other) / 60)
+    first = 20 + slower * cost["rest"]["00_start_here"]
+    assert minutes["00_start_here"] == pytest.approx(first / 60), "the first run imports for all"
     said = reproduce.announcement(found, cost, machine)
     assert said.startswith(f"9 notebook runs: about {reproduce.span(sum(minutes.values()))} and ")
     assert "by ray on its machines" not in said
@@ -84,7 +86,7 @@ def test_a_plan_is_estimated_for_this_machine_and_says_so(monkeypatch, tmp_path)
     found, _ = reproduce.estimated([*jobs, *reproduce.plan(TOYBOX, tmp_path, BOOKS, families=["ipap"])], cost)
     assert asked[1:] == [{"flux_uno": "auto"}], "of what is complete nothing is looked at"
     assert [(job.name, job.minutes) for job in found if job.minutes] == [
-        ("03_uno_sft-seed0", minutes["03_uno_sft-seed0"])
+        ("03_uno_sft-seed0", minutes["03_uno_sft-seed0"] + 20 / 60)
     ]
     assert reproduce.estimated(jobs, {"machine": "another"}) == (jobs, "another"), "minutes as they are written"
     assert reproduce.estimated([], cost) == ([], cost["machine"]), "nothing left to run, nothing to look at"

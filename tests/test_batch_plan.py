@@ -100,8 +100,8 @@ def test_the_command_says_hours_memory_disk_ends_and_what_is_assumed(tmp_path, c
     assert plan.main(words) == 0
     said = capsys.readouterr().out
     assert "A preference step of flux_uno in bf16 takes 66 GB of the card's 80: fits." in said
-    # 11 runs and two preparations of an hour each on one GPU; on eight no two share it either.
-    assert "\n    1 GPUs:     13.0 h\n    8 GPUs:     13.0 h\n" in said
+    # 10 runs and two preparations of an hour each on one GPU; on eight no two share it either. Pairs: beforehand.
+    assert "\n    1 GPUs:     12.0 h\n    8 GPUs:     12.0 h\n" in said
     assert re.search(r"More GPUs do not end before 3\.0 h: prepare (\w+) → 03_\1_\w+-seed0 → 0\d_table\d, each", said)
     assert "Assumed, not measured: 40% of the 312 · 10¹² operations a second of one a100; 10000 train" in said
     assert plan.main(["--profile", "nothing", "--params", str(tmp_path)]) == 1

@@ -45,12 +45,15 @@ def plan(
     """The jobs of a profile (a folder of YAML files); `results` is the profile's own folder.
 
     `overrides` ("backbone.precision": …) go over every YAML whose notebook has that parameter, and into each family of
-    a table. Trainings and rows of other than `families` are left out, and so is a table that has no row left.
+    a table. Trainings and rows of other than `families` are left out, and so is a table that has no row left. What the
+    profile's reproduce.yaml calls `beforehand` is no part of it: people look at what it makes before the rest begins.
     """
     files = sorted(profile.glob("[0-9][0-9]_*.yaml"), key=_place)
     if not files:
         raise ParameterError(f"{profile} holds no NN_*.yaml: correct --profile, or run from the kit's own folder")
-    minutes = costs(profile).get("minutes") or {}
+    cost = costs(profile)
+    minutes = cost.get("minutes") or {}
+    files = [file for file in files if file.stem not in (cost.get("beforehand") or ())]
     shared = {"results": Path(os.path.relpath(results, books)).as_posix(), **(overrides or {})}
     jobs: list[Job] = []
     for file in files:
@@ -202,6 +205,7 @@ def estimated(jobs: Sequence[Job], cost: Mapping[str, Any]) -> tuple[list[Job], 
     used = {name: precision for job in todo for name, precision in estimate.families(values[job.name]).items()}
     pace = estimate.probe(used)
     minutes = {job.name: estimate.seconds(values[job.name], pace, rest, job.params.stem) / 60 for job in todo}
+    minutes[todo[0].name] += pace.start / 60  # which imports for all
     step = estimate.PAIRS * max(pace.pair.values(), default=0)
     where = f"this machine ({pace.device}: {pace.start:.0f} s of imports once, a step up to {step:.2f} s)"
     return [replace(job, minutes=minutes.get(job.name, 0.0)) for job in jobs], where  # of what is complete: none
