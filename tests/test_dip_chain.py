@@ -282,6 +282,15 @@ def test_what_no_stage_reads_is_no_setting_of_a_run(tmp_path):
     assert set(made.settings) == {"dip", "scoring"} and set(made.inputs) == {"dino", "clip"}
 
 
+def test_a_raised_budget_is_no_other_run(tmp_path):
+    chain = params.Chain(captioning="models")
+    few, more, other = (
+        assembled(chain, {"captioning": params.Captioning(**of)}, tmp_path).settings["captioning"]
+        for of in ({"budget": 1.0}, {"budget": 9.0, "timeout": 5.0}, {"side": 64})
+    )
+    assert few == more != other
+
+
 def test_the_content_of_a_model_s_folder_is_an_input(tmp_path):
     chain = params.Chain(segmentation="models")
     local = params.Segmentation(detector=str(tmp_path))

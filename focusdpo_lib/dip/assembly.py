@@ -55,6 +55,8 @@ def assembled(chain: params.Chain, sections: Mapping[str, params.Section], answe
         drawn = getattr(chain, stage) == "toybox"
         made_by.append(toybox_stages.ToyboxStage(stage, dip) if drawn else of_models[stage]())
         used |= {} if drawn else {stage: given(stage)}
+    if captioning.NAME in used:  # a budget that is used up may be raised, and the run goes on
+        used[captioning.NAME] = used[captioning.NAME].deciding
     return Assembly(plan, [*made_by, scoring.Scoring(by)], used, size, _inputs(used))
 
 

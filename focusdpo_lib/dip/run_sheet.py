@@ -9,7 +9,6 @@ import pandas as pd
 from focusdpo_lib.dip import drafts
 from focusdpo_lib.dip.run import PLAN, times
 
-SHEET = "run_sheet.csv"
 USED = ("tokens", "dollars")  # what a stage may note of a draft in its provenance, under the stage's name
 
 
