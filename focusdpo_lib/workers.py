@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -28,6 +28,10 @@ from focusdpo_lib.runs import PARTIAL, RunError
 
 Shard = tuple[int, int]  # its number and how many there are
 WHOLE: Shard = (0, 1)
+# Whether processes are forked: on Linux, without a GPU, which a process with GPU libraries may keep a hold on.
+FORKS = sys.platform == "linux" and not any(Path(f"/dev/{name}").exists() for name in ("nvidiactl", "kfd"))
+context = multiprocessing.get_context("forkserver" if FORKS else "spawn")
+HEAVY = ("focusdpo_lib.stages", "focusdpo_lib.backbones.flux_uno", "focusdpo_lib.backbones.sdxl_ip", "torch")
 ERROR = "error"  # of a shard's notes: the exception that ended it, pickled
 
 
@@ -198,12 +202,18 @@ def _devices(processes: int) -> list[str | None]:
 
 
 def _here(work: Work, notes: Path, devices: Sequence[str | None]) -> Start:
-    """Starts children on this machine, each on its device."""
+    """Starts children on this machine, each on its device.
+
+    Where that may be, they are forked from one process that has imported once what this one has of the heavy libraries.
+    """
     import torch
 
+    if FORKS:
+        context.set_forkserver_preload([name for name in HEAVY if name in sys.modules])
+
     def start(shard: Shard) -> BaseProcess:
-        words = (pickle.dumps(work), shard, notes, torch.get_num_threads(), devices[shard[0]])
-        child = multiprocessing.get_context("spawn").Process(target=_child, args=words)
+        words = (pickle.dumps(work), shard, notes, torch.get_num_threads(), devices[shard[0]], dict(os.environ))
+        child = context.Process(target=_child, args=words)
         child.start()
         return child
 
@@ -218,8 +228,12 @@ def _in_cluster(work: Work, notes: Path) -> Start:
     return lambda shard: cluster.Task(_task, *words, shard)
 
 
-def _child(work: bytes, shard: Shard, notes: Path, threads: int, device: str | None) -> None:
+def _child(
+    work: bytes, shard: Shard, notes: Path, threads: int, device: str | None, environment: Mapping[str, str]
+) -> None:
     end_with(multiprocessing.parent_process())
+    os.environ.clear()  # of a process from which this one was forked
+    os.environ.update(environment)
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
     if not _do(work, shard, notes, threads):

@@ -87,11 +87,17 @@ def ids_of(path):
 
 
 def children(pid):
+    """The shards of a run: what it started but multiprocessing's own tracker, or what was forked for it."""
+    found = {child: command(child) for child in started_by(pid)}
+    forked = [child for server, words in found.items() if b"forkserver" in words for child in started_by(server)]
+    return [*forked, *(child for child, words in found.items() if b"spawn_main" in words)]
+
+
+def started_by(pid):
     try:
-        found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
         return []
-    return [int(child) for child in found if b"spawn_main" in command(child)]
 
 
 def command(pid):

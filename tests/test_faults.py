@@ -159,12 +159,17 @@ def on_one_machine(folder):
 
 
 def children(process):
-    """The shards of a run: what it started but multiprocessing's own tracker."""
+    """The shards of a run: what it started but multiprocessing's own tracker, or what was forked for it."""
+    found = {pid: _command(pid) for pid in _started_by(process)}
+    forked = [pid for server, words in found.items() if "forkserver" in words for pid in _started_by(server)]
+    return [*forked, *(pid for pid, words in found.items() if "spawn_main" in words)]
+
+
+def _started_by(process):
     try:
-        found = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+        return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
     except OSError:
         return []
-    return [int(pid) for pid in found if "spawn_main" in _command(pid)]
 
 
 def of_ray():

@@ -1,7 +1,7 @@
 """Kernels that start warm: forked from one process that has imported what the notebooks import.
 
-Imports take a fresh kernel ten seconds and more, thirteen times in a reproduction. Where there is a GPU nothing is
-forked, for a process that imported GPU libraries may hold on to one, and runs there last hours; nor outside Linux.
+Imports take a fresh kernel ten seconds and more, thirteen times in a reproduction. Where nothing may be forked
+(`workers.FORKS`) kernels start as ever; with a GPU runs last hours.
 """
 
 import multiprocessing
@@ -9,18 +9,15 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from jupyter_client.provisioning import LocalProvisioner
 
-from focusdpo_lib.workers import end_with
+from focusdpo_lib.workers import FORKS, context, end_with
 
-FORKS = sys.platform == "linux" and not any(Path(f"/dev/{name}").exists() for name in ("nvidiactl", "kfd"))
 IMPORTED = [
     *("focusdpo_lib.comparison", "focusdpo_lib.plots", "focusdpo_lib.toybox.reader", "open_clip"),
     *("focusdpo_lib.backbones.flux_uno", "focusdpo_lib.backbones.sdxl_ip", "ipykernel.kernelapp"),
 ]
-context = multiprocessing.get_context("forkserver" if FORKS else "spawn")
 if FORKS:
     context.set_forkserver_preload(IMPORTED)
 
