@@ -341,14 +341,15 @@ def test_a_training_that_the_cluster_cannot_hold_is_refused(cluster, tmp_path, c
 
 
 def test_the_smoke_profile_on_the_cluster_ends_with_the_tables_of_one_machine(cluster, tmp_path, monkeypatch):
-    """Every notebook run on a pretend GPU of its own."""
+    """Of its trainings one is in two processes, which get GPUs of the cluster."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for engine in ("ray", "local"):
-        over = {"resources.gpus": 1}
-        jobs = reproduce.plan(SMOKE, tmp_path / engine, BOOKS, families=["uno"], overrides=over)
+        jobs = reproduce.plan(SMOKE, tmp_path / engine, BOOKS, families=["uno"])
         assert reproduce.reproduce(jobs, tmp_path / engine, reproduce.costs(SMOKE), engine=engine) == 0
     logs = [(tmp_path / "ray/notebooks/logs" / f"{job.name}.log").read_text() for job in jobs]
-    assert all(re.match(r"started on .* GPUs [0-3]\)", log) for log in logs) and len(logs) == 9
+    assert all(re.match(r"started on .* GPUs none\)", log) for log in logs) and len(logs) == 9
+    facts = json.loads((tmp_path / "ray/training/uno_focusdpo-seed0/provenance.json").read_text())
+    assert len(facts["processes"]) == 2
     for table in ("table1", "table2"):
         ours, theirs = (tmp_path / engine / "tables" / table / "table.csv" for engine in ("ray", "local"))
         assert ours.read_bytes() == theirs.read_bytes()
