@@ -1,6 +1,6 @@
 """Notebooks are checked before they run, whole or absent after, and one that fails says where and why."""
 
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import subprocess
@@ -158,6 +158,8 @@ def test_a_warm_kernel_has_imported_everything_and_is_else_as_a_fresh_one(tmp_pa
         "import matplotlib.pyplot as plt; figure = plt.subplots()[0]; plt.close(figure); figure",
     )
     said = {}
+    multiprocessing.forkserver._forkserver._stop()  # which an earlier test may have started with less
+    warm.context.set_forkserver_preload(warm.IMPORTED)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ASKED", "as the batch was")
         for how in (True, False):

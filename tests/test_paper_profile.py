@@ -62,7 +62,8 @@ def test_an_override_file_is_settings_of_sections_alone(tmp_path, capsys):
 
 
 def test_its_costs_name_every_run():
-    assert costs(PAPER)["minutes"].keys() == {file.stem for file in FILES}
+    said = costs(PAPER)
+    assert {*said["minutes"], *said["beforehand"]} == {file.stem for file in FILES}
 
 
 @pytest.fixture(scope="module")
