@@ -139,3 +139,12 @@ def test_every_stage_is_the_same_to_the_bit_in_one_process_and_in_several(tiny_f
     assert found[1][0] == found[2][0]
     for table in (1, 2):
         pd.testing.assert_frame_equal(found[1][table], found[2][table], check_exact=True)
+
+
+def test_a_variable_that_is_set_between_two_stages_reaches_the_second_s_processes(tmp_path, monkeypatch):
+    """Also where they are forked from a process that started before it was set."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", name)  # without a GPU a text as any other
+        workers.run(Seen(tmp_path / name), tmp_path / name, 2, "items", "item")
+        assert {(tmp_path / name / str(shard)).read_text() for shard in range(2)} == {name}

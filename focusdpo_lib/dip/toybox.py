@@ -44,7 +44,6 @@ VALUES = {
     "trim": tuple(COLOURS),
 }
 SWAPPED = ("base", "accent", "pattern", "trim")
-MAX_STRENGTH = len(SWAPPED)  # every subject has these four to change; the angle counts only where it shows
 
 
 def build(settings: Dip, folder: str | Path) -> None:
