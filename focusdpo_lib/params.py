@@ -146,6 +146,8 @@ class Scoring(Section):
 
     dino: Place = "toybox"  # as of Evaluation: what likeness is measured with
     clip: Place = "toybox"  # and the agreement of captions
+    dino_revision: str | None = None  # as of Evaluation
+    clip_revision: str | None = None
     batch_size: int = Field(64, gt=0)  # pictures an encoder takes at once
 
 
@@ -355,8 +357,9 @@ class Captioning(Section):
     max_tokens: int = Field(400, gt=0)  # of an answer
     seed: Seed = 0
     parallel: int = Field(8, gt=0)  # questions asked at once
-    timeout: float = Field(60.0, gt=0)  # seconds of silence after which an answer counts as lost
-    retries: int = Field(6, ge=0)  # after 429, 5xx, silence and cut connections
+    timeout: float = Field(60.0, gt=0)  # seconds of silence after which an answer counts as lost …
+    longest_answer: float = Field(300.0, gt=0)  # … or of an answer in all, however it trickles in
+    retries: int = Field(6, ge=0)  # after 429, 5xx, lost answers and cut connections
     first_wait: float = Field(1.0, gt=0)  # seconds before the first of them, doubled each time …
     longest_wait: float = Field(120.0, gt=0)  # … up to this; a server that asks for more ends the run
     price_read: float = Field(2.5, ge=0)  # dollars a million tokens

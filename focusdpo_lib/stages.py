@@ -21,12 +21,13 @@ from focusdpo_lib import backbones, cluster, params, provenance, runs, workers
 from focusdpo_lib.backbones import best_device
 from focusdpo_lib.dip import dataset, review, scoring
 from focusdpo_lib.dip import toybox as dip_toybox
-from focusdpo_lib.dip.assembly import assembled
+from focusdpo_lib.dip.assembly import STAGES, assembled
 from focusdpo_lib.dip.card import write_card
 from focusdpo_lib.dip.curation import curated, score_table
 from focusdpo_lib.dip.drafts import parts
 from focusdpo_lib.dip.pairs import write_pairs
 from focusdpo_lib.dip.run import run_chain
+from focusdpo_lib.dip.run_sheet import run_sheet
 from focusdpo_lib.evaluation import case_list, encoders
 from focusdpo_lib.evaluation.benchmark import KINDS, Benchmark, BenchmarkError
 from focusdpo_lib.evaluation.embeddings import EMBEDDINGS, Kept, kept
@@ -44,7 +45,7 @@ from focusdpo_lib.training.memory import MemoryAdvice
 from focusdpo_lib.training.pairs import Group, groups, join, load, prepare_into
 from focusdpo_lib.workers import Progress, Shard
 
-SCORES, ERRORS = "scores.parquet", "errors.csv"
+SCORES, ERRORS, RUN_SHEET = "scores.parquet", "errors.csv", "run_sheet.csv"
 PREPARED_BY = (
     "entropy_window",
     "entropy_bins",
@@ -70,17 +71,10 @@ def load_encoders(settings: params.Evaluation, results: Path | None = None) -> E
 
 def pinned_encoders(settings: params.Evaluation, results: Path) -> params.Evaluation:
     """The settings with the commit of every encoder of a hub: their own, or the one that `results` is pinned to."""
-    sources = {"dino": settings.dino if backbones.is_hub_id(settings.dino) else None}
+    sources = {"dino_revision": settings.dino, "clip_revision": encoders.clip_repository(settings.clip)}
     if settings.region == "detected":
-        sources["detector"] = settings.detector if backbones.is_hub_id(settings.detector) else None
-    if settings.clip_revision is None and not Path(params.shipped("clip", settings.clip)).is_dir():
-        sources["clip"] = encoders.clip_repository(settings.clip)
-    found = {
-        f"{name}_revision": backbones.pin(source, results)
-        for name, source in sources.items()
-        if source is not None and getattr(settings, f"{name}_revision") is None
-    }
-    return settings.model_copy(update={name: commit for name, commit in found.items() if commit})
+        sources["detector_revision"] = settings.detector
+    return backbones.with_commits(settings, sources, results)
 
 
 def check_training(
@@ -107,7 +101,8 @@ def check_training(
     for kind in KINDS:
         load_benchmark(results, benchmark, kind, split="validation")
     if objective.name == "patchdpo":
-        DinoEncoder(params.shipped("dino", objective.patch_encoder))
+        encoder = params.shipped("dino", objective.patch_encoder)
+        DinoEncoder(encoder, revision=_commit(encoder, results))
 
 
 def _check_sizes(backbone: params.Backbone, generation: params.Generation) -> None:
@@ -161,14 +156,17 @@ def make_drafts(
 ) -> Path:
     """Stage chain: drafts of pairs through the stages of Figure 4, in several processes; returns the run's folder.
 
-    `sections`: by name, the settings of what `chain` is made of (see `dip.assembly`).
+    RUN_SHEET lies beside them in the end (see `dip.run_sheet`). `sections`: by name, the settings of what `chain` is
+    made of (see `dip.assembly`).
     """
-    made = assembled(chain, sections, home(results) / "captions")
+    made = assembled(chain, sections, results)
     job = Run(place(results, "chain", run), {**made.settings, "chain": chain}, made.inputs)
     with job.alone():
         if not job.complete:
             with job:
                 run_chain(job.folder, made.plan, made.stages, chain.part_size, made.draft_bytes, processes)
+                with atomic(job.folder / RUN_SHEET) as partial:
+                    run_sheet(job.folder, STAGES).to_csv(partial)
     return job.folder
 
 
@@ -211,6 +209,16 @@ def _reads(pairs: Path) -> dict[str, Path | str]:
     return found
 
 
+def _commit(model: str, results: Path) -> str | None:
+    """Of a hub model, the commit that `results` is pinned to."""
+    return backbones.pin(model, results) if backbones.is_hub_id(model) else None
+
+
+def _content(model: str, revision: str | None) -> Path | str:
+    """A model as an input of a run: a folder by its content, a hub model by id and commit."""
+    return Path(model) if Path(model).is_dir() else f"{model}@{revision}" if revision else model
+
+
 def prepare_pairs(
     results: Path,
     pairs: Path,
@@ -229,8 +237,9 @@ def prepare_pairs(
     """
     backbone = backbones.pinned(backbone, results)
     inputs: dict[str, Path | str] = {**_reads(pairs), **backbones.inputs(backbone)}
+    revision = None if patch_encoder is None else _commit(patch_encoder, results)
     if patch_encoder is not None:
-        inputs["patch_encoder"] = Path(patch_encoder) if Path(patch_encoder).is_dir() else patch_encoder
+        inputs["patch_encoder"] = _content(patch_encoder, revision)
     of_masks = {name: getattr(masks, name) for name in PREPARED_BY}
     settings = {"backbone": backbone, "masks": of_masks}
     job = Run(home(results) / "prepared", settings, inputs)
@@ -239,7 +248,8 @@ def prepare_pairs(
         if not job.complete:
             with job:
                 grouped = groups(dataset.read_dataset(pairs, ["train"], tolerance=tolerance)["train"])
-                work = _Preparing(job.folder, Path(pairs), backbone, masks, patch_encoder, tolerance, grouped)
+                encoder = (patch_encoder, revision)
+                work = _Preparing(job.folder, Path(pairs), backbone, masks, *encoder, tolerance, grouped)
                 workers.run(work, job.folder, processes, "pairs", "pair", apart=own_process)
                 join(job.folder)
     return job.folder
@@ -252,6 +262,7 @@ class _Preparing:
     backbone: params.Backbone
     masks: params.Masks
     patch_encoder: str | None
+    patch_revision: str | None
     tolerance: int
     grouped: Mapping[int, Group]
 
@@ -259,7 +270,9 @@ class _Preparing:
         with MemoryAdvice(self.backbone, preparing=True):
             model = backbones.load(self.backbone, best_device(), parts="encoders")
             pairs = dataset.read_dataset(self.pairs, ["train"], check=False, tolerance=self.tolerance)["train"]
-            patches = DinoEncoder(self.patch_encoder, best_device()).patches if self.patch_encoder else None
+            patches = None
+            if self.patch_encoder is not None:
+                patches = DinoEncoder(self.patch_encoder, best_device(), revision=self.patch_revision).patches
             of = {"patches": patches, "grouped": self.grouped, "shard": shard, "progress": progress}
             prepare_into(self.folder, model, pairs, self.masks, **of)
 
@@ -286,7 +299,7 @@ def train_adapter(
     inputs: dict[str, Path | str] = {**_reads(pairs), **backbones.inputs(backbone)}
     encoder = params.shipped("dino", objective.patch_encoder) if objective.name == "patchdpo" else None
     if encoder is not None:
-        inputs["patch_encoder"] = Path(encoder) if Path(encoder).is_dir() else str(encoder)
+        inputs["patch_encoder"] = _content(encoder, _commit(encoder, results))
     if training.compile:  # kept for the runs to come, of any process
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home(results).resolve() / "compiled"))
     if objective.name == "focusdpo" and masks.pool == "subject":

@@ -31,7 +31,8 @@ def completion(content: str | None, refusal: str | None = None, finish: str = "s
 class CaptionServer(http.server.ThreadingHTTPServer):
     """Answers requests by `script`, one entry each and the last one for all that follow, or else as it should.
 
-    An entry is (status, body or dict, headers), "silent", "cut", or a dict: the body of a 200.
+    An entry is (status, body or dict, headers), "silent", "trickling" (a byte now and then), "cut", or a dict: the body
+    of a 200.
     """
 
     daemon_threads = True
@@ -68,6 +69,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             todo = completion(answer(prompt.partition("one subject, a ")[2].partition(",")[0]))
         if todo == "silent":
             self.server.closing.wait(30)
+            return
+        if todo == "trickling":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+            while not self.server.closing.wait(0.05):
+                self.wfile.write(b" ")
             return
         status, content, headers = (200, todo, {}) if isinstance(todo, dict | str) else todo
         content = json.dumps(content) if isinstance(content, dict) else content

@@ -189,6 +189,19 @@ def test_faults_that_pass_are_asked_again(tmp_path):
         assert not made.dropped and len(server.requests) == 6
 
 
+def test_an_answer_that_trickles_in_counts_as_lost_too(tmp_path):
+    with caption_server("trickling", completion(answer("cat"))) as server:
+        begun = time.monotonic()
+        (made,) = stage(server, tmp_path, longest_answer=0.5).open()([draft()])
+        assert made.captions and len(server.requests) == 2 and time.monotonic() - begun < 20
+
+
+def test_a_server_that_only_trickles_is_named(tmp_path):
+    with caption_server("trickling") as server:
+        text = ended(server, tmp_path, longest_answer=0.2, retries=1)
+        assert "gives no answer (an answer takes more than 0.2 s)" in text
+
+
 def test_a_slow_answer_counts_as_lost_and_is_asked_for_again(tmp_path):
     with caption_server("silent", completion(answer("cat"))) as server:
         (made,) = stage(server, tmp_path, timeout=0.2).open()([draft()])

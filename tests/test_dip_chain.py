@@ -5,8 +5,10 @@ from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from test_revisions import cache  # noqa: F401 (a fixture)
 from tiny_stages import Drawing, plan
 
 from focusdpo_lib import params, stages
@@ -26,6 +28,7 @@ from focusdpo_lib.dip.chain import Draft
 from focusdpo_lib.dip.dataset import read_dataset
 from focusdpo_lib.dip.pair import EXTRA
 from focusdpo_lib.dip.run import run_chain, stage_drafts, times
+from focusdpo_lib.dip.run_sheet import run_sheet
 from focusdpo_lib.runs import PARTIAL, RunError, is_complete
 
 NAMES = ("drawing", "painting")
@@ -259,7 +262,7 @@ def test_a_run_of_drafts_goes_on_where_it_was_killed(results, tmp_path):
 def test_a_chain_is_made_of_what_its_settings_name(tmp_path):
     chain = params.Chain(synthesis="source", segmentation="models", captioning="models", disruption="models")
     source = params.Source(folder=str(tmp_path), size=256)
-    made = assembled(chain, {"source": source, "dip": DIP}, tmp_path / "answers")
+    made = assembled(chain, {"source": source, "dip": DIP}, tmp_path / "results")
     assert [stage.name for stage in made.stages] == list(STAGES)
     kinds = [sources.Source, segmentation.Segmentation, captioning.Captioning, disruption.Disruption, scoring.Scoring]
     assert [type(stage) for stage in made.stages] == kinds
@@ -291,10 +294,45 @@ def test_a_raised_budget_is_no_other_run(tmp_path):
     assert few == more != other
 
 
+def test_models_of_a_hub_are_of_the_commits_that_the_results_are_pinned_to(cache, tmp_path):  # noqa: F811
+    """Those that a stage loads, by default or by name; a server's model has no commit here."""
+    names = ("finder", "facebook/sam2.1-hiera-large", "black-forest-labs/FLUX.1-Fill-dev", "eye", "tongue", "drawer")
+    for number, name in enumerate(names):
+        cache.add(name if "/" in name else f"some/{name}", f"{number}" * 40)
+    chain = params.Chain(synthesis="models", segmentation="models", captioning="models", disruption="models")
+    use = {
+        "synthesis": params.Synthesis(lists=str(tmp_path / "lists.yaml")),
+        "backbone": params.Backbone(model="some/drawer"),
+        "segmentation": params.Segmentation(detector="some/finder"),
+        "captioning": params.Captioning(by="local", model="some/tongue"),
+        "scoring": params.Scoring(dino="some/eye"),
+    }
+    (tmp_path / "lists.yaml").write_text("")
+    made = assembled(chain, use, tmp_path / "results")
+    found = {name: made.settings[name].model_dump() for name in made.settings}
+    finder, sam, fill, eye, tongue, drawer = (f"{number}" * 40 for number in range(6))
+    assert found["segmentation"]["detector_revision"] == finder and found["segmentation"]["segmenter_revision"] == sam
+    assert found["disruption"]["revision"] == fill and found["scoring"]["dino_revision"] == eye
+    assert found["captioning"]["revision"] == tongue and found["backbone"]["revision"] == drawer
+    assert all(stage.settings == made.settings[stage.name] for stage in made.stages if stage.name != "captioning")
+    for name in names:
+        cache.add(name if "/" in name else f"some/{name}", "f" * 40)
+    assert assembled(chain, use, tmp_path / "results").settings == made.settings
+    served = assembled(chain, use | {"captioning": params.Captioning(model="some/tongue")}, tmp_path / "results")
+    assert served.settings["captioning"].revision is None
+
+
 def test_the_content_of_a_model_s_folder_is_an_input(tmp_path):
     chain = params.Chain(segmentation="models")
     local = params.Segmentation(detector=str(tmp_path))
     assert assembled(chain, {"segmentation": local}, tmp_path).inputs["segmentation.detector"] == tmp_path
+
+
+def test_the_run_sheet_lies_beside_the_drafts(tmp_path):
+    made = stages.make_drafts(tmp_path, "main", params.Chain(part_size=4), {"dip": DIP})
+    kept = pd.read_csv(made / stages.RUN_SHEET, index_col="stage").fillna({"why": ""})
+    pd.testing.assert_frame_equal(kept, run_sheet(made, STAGES), check_dtype=False)
+    assert list(kept.index) == ["plan", *STAGES] and (kept["came"] == kept["came"].iloc[0]).all()
 
 
 def test_the_toybox_s_stages_know_the_toybox_alone():

@@ -15,8 +15,9 @@ from focusdpo_lib.backbones import BackboneError
 from focusdpo_lib.backbones.family import Family
 from focusdpo_lib.dip import synthesis
 from focusdpo_lib.dip.chain import Draft, Unfit
+from focusdpo_lib.dip.lists import KINDS, read_lists
 from focusdpo_lib.dip.models import StageError, images, seed_of
-from focusdpo_lib.dip.synthesis import Synthesis, cropped, plan, read_lists
+from focusdpo_lib.dip.synthesis import Synthesis, cropped, plan
 from focusdpo_lib.evaluation.wording import mentions
 
 LISTS = Path(__file__).parents[1] / "params" / "paper" / "dip" / "subjects.yaml"
@@ -40,7 +41,7 @@ def test_the_lists_that_are_shipped_give_more_identities_than_the_paper_has_pair
     kinds = {
         word: kind for kind, subjects in read_lists(LISTS)["subjects"].items() for word in [s["word"] for s in subjects]
     }
-    share = {kind: sum(kinds[d.subjects[0]] == kind for d in drafts[:2000]) / 2000 for kind in synthesis.KINDS}
+    share = {kind: sum(kinds[d.subjects[0]] == kind for d in drafts[:2000]) / 2000 for kind in KINDS}
     assert all(0.29 < value < 0.38 for value in share.values())  # a third of each kind of content
     assert len({d.identities[0] for d in drafts[:2000]}) > 600
 

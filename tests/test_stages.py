@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_revisions import FIRST, LATER, cache  # noqa: F401 (a fixture)
 from tiny_training import TRAINING
 
 from focusdpo_lib import params, stages
@@ -100,6 +101,22 @@ def test_patchdpo_depends_on_its_patch_encoder(results, tiny_flux, pairs_run, vi
     encoder = {"objective_settings": {"patch_encoder": str(vit)}}
     folder = train(results, tiny_flux, pairs_run, "patchdpo", "patchdpo", **encoder)
     assert str(vit) in (folder / "inputs.json").read_text()
+
+
+def test_patchdpo_s_encoder_of_a_hub_is_of_the_commit_that_the_results_are_pinned_to(
+    cache,  # noqa: F811
+    tiny_flux,
+    pairs_run,
+    vit,
+    tmp_path,
+):
+    shutil.copytree(vit, cache.add("someone/dino", FIRST), dirs_exist_ok=True)
+    of_hub = {"objective_settings": {"patch_encoder": "someone/dino"}}
+    folder = train(tmp_path, tiny_flux, pairs_run, "of_hub", "patchdpo", **of_hub)
+    cache.add("someone/dino", LATER)  # of which nothing could be loaded: it is empty
+    assert train(tmp_path, tiny_flux, pairs_run, "of_hub", "patchdpo", **of_hub) == folder
+    train(tmp_path, tiny_flux, pairs_run, "another", "patchdpo", **of_hub)
+    assert f"someone/dino@{FIRST}" in (folder / "inputs.json").read_text()
 
 
 def test_a_benchmark_is_the_toybox_s_of_a_split_or_a_folder_with_lists_of_its_own(results, tmp_path):

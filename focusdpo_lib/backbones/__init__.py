@@ -3,7 +3,7 @@
 from focusdpo_lib.backbones.conditioning import Conditioning, View
 from focusdpo_lib.backbones.interface import Backbone
 from focusdpo_lib.backbones.loading import CLASSES, BackboneError, best_device, family_class, identity, inputs, load
-from focusdpo_lib.backbones.revisions import is_hub_id, pin, pinned
+from focusdpo_lib.backbones.revisions import is_hub_id, pin, pinned, with_commits
 
 
 def __getattr__(name: str):

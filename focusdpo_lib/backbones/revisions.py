@@ -1,6 +1,8 @@
 """Which commit of a hub model a folder of results stands on: chosen once, then kept."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HFValidationError
@@ -10,6 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 from focusdpo_lib import params
 from focusdpo_lib.runs import LOCK, home, locked, write_text
 
+Settings = TypeVar("Settings", bound=params.Section)
 REVISIONS = {"model": "revision", "subject_lora": "subject_revision", "ip_adapter": "ip_revision"}
 PINS = "revisions"  # in a results folder: a file for each hub model that the settings give no revision of
 
@@ -30,12 +33,17 @@ def pinned(settings: params.Backbone, results: str | Path) -> params.Backbone:
     travels with the results, so every later run of them, on any machine, takes the same weights. A model of which no
     commit can be learned stays as it is; loading it says why.
     """
-    found = {}
-    for name, revision in REVISIONS.items():
-        source = getattr(settings, name)
-        if source and getattr(settings, revision) is None and is_hub_id(source):
-            found[revision] = pin(source, results)
-    return settings.model_copy(update={name: commit for name, commit in found.items() if commit})
+    return with_commits(settings, {field: getattr(settings, name) for name, field in REVISIONS.items()}, results)
+
+
+def with_commits(settings: Settings, sources: Mapping[str, str | None], results: str | Path) -> Settings:
+    """As `pinned`, of any section: `sources` are its models, by the field that holds their revision."""
+    found = {
+        field: pin(source, results)
+        for field, source in sources.items()
+        if source and getattr(settings, field) is None and is_hub_id(source)
+    }
+    return settings.model_copy(update={field: commit for field, commit in found.items() if commit})
 
 
 def pin(source: str, results: str | Path) -> str | None:

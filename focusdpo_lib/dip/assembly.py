@@ -6,10 +6,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from focusdpo_lib import params
-from focusdpo_lib.dip import captioning, disruption, scoring, segmentation, sources, synthesis, toybox_stages
+from focusdpo_lib import backbones, params
+from focusdpo_lib.dip import (
+    captioning,
+    detectors,
+    disruption,
+    painters,
+    scoring,
+    segmentation,
+    sources,
+    synthesis,
+    toybox_stages,
+)
 from focusdpo_lib.dip.chain import Stage
 from focusdpo_lib.dip.run import Plan
+from focusdpo_lib.evaluation.encoders import clip_repository
+from focusdpo_lib.runs import home
 
 STAGES = (*toybox_stages.MAKERS, scoring.NAME)  # in order
 PIXEL_BYTES = 2  # of a PNG: photos compress no better
@@ -33,19 +45,19 @@ class Assembly:
     inputs: dict[str, Path | str] = field(default_factory=dict)
 
 
-def assembled(chain: params.Chain, sections: Mapping[str, params.Section], answers: Path) -> Assembly:
+def assembled(chain: params.Chain, sections: Mapping[str, params.Section], results: Path) -> Assembly:
     """The chain that `chain` names, each stage by its own section of `sections`; one that is not given has defaults.
 
-    `answers`: the folder that keeps what captioners said.
+    Models of a hub are of the commits that `results` is pinned to, where what captioners said is kept too.
     """
 
     def given(name: str) -> Any:
-        return sections.get(name) or params.section(name)
+        return _pinned(name, sections.get(name) or params.section(name), results)
 
     dip, by = given("dip"), given(scoring.NAME)
     of_models = {
         "segmentation": lambda: segmentation.Segmentation(given("segmentation")),
-        "captioning": lambda: captioning.Captioning(given("captioning"), str(answers)),
+        "captioning": lambda: captioning.Captioning(given("captioning"), str(home(results) / "captions")),
         "disruption": lambda: disruption.Disruption(given("disruption")),
     }
     plan, first, names, size = _begin(chain, given)
@@ -72,6 +84,25 @@ def _begin(chain: params.Chain, given) -> tuple[Plan, Stage, tuple[str, ...], in
     drawn = given("synthesis")
     stage = synthesis.Synthesis(drawn, given("backbone"), given("segmentation"))
     return partial(synthesis.plan, drawn), stage, ("synthesis", "backbone"), _bytes(drawn.size)
+
+
+def _pinned(name: str, settings: Any, results: Path) -> Any:
+    """A section with the commits of its models of a hub."""
+    sources: dict[str, str | None] = {}
+    if name == "backbone":
+        return backbones.pinned(settings, results)
+    if name == "segmentation":
+        used = {settings.masks, settings.reference_masks} & detectors.DEFAULTS.keys()
+        segmenters = {settings.segmenter or detectors.DEFAULTS[source] for source in used}
+        sources["detector_revision"] = settings.detector if "sam2" in used else None
+        sources["segmenter_revision"] = segmenters.pop() if len(segmenters) == 1 else None
+    if name == "captioning":
+        sources["revision"] = settings.model if settings.by == "local" else None
+    if name == "disruption":
+        sources["revision"] = settings.model or painters.DEFAULTS[settings.painter]
+    if name == scoring.NAME:
+        sources |= {"dino_revision": settings.dino, "clip_revision": clip_repository(settings.clip)}
+    return backbones.with_commits(settings, sources, results)
 
 
 def _bytes(side: int) -> int:

@@ -9,7 +9,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -25,7 +25,7 @@ KEY = "OPENAI_API_KEY"  # the only place that a key is read from
 OPENAI = "https://api.openai.com/v1"
 UNREADABLE = Reply("")
 REFUSED_BY_FILTER = ("content_filter", "content_policy_violation")
-Question = tuple[bytes, str]  # PNG and prompt
+Question = tuple[bytes | None, str]  # PNG, or no picture, and prompt
 Keep = Callable[[int, Reply], None]
 
 
@@ -36,16 +36,19 @@ class Captioner(Protocol):
         """Hands each reply to `keep(index, reply)` as it comes, in any order, from any thread."""
 
 
-def load_captioner(settings: params.Captioning, folder: Path) -> Captioner:
-    """Raises StageError where the captioner cannot be had. What a server costs is counted in `folder`."""
-    return Local(settings) if settings.by == "local" else Server(settings, Purse(folder, settings.budget))
+def load_captioner(settings: params.Captioning, folder: Path, schema: dict = SCHEMA) -> Captioner:
+    """Raises StageError where the captioner cannot be had. What a server costs is counted in `folder`.
+
+    `schema`: of the answers, as a server is told it; a model here reads it in the prompt's own words alone.
+    """
+    return Local(settings) if settings.by == "local" else Server(settings, Purse(folder, settings.budget), schema)
 
 
 class Server:
     """GPT-4o, or whatever a compatible server calls `captioning.model`."""
 
-    def __init__(self, settings: params.Captioning, purse: Purse):
-        self.settings, self.purse, self.model = settings, purse, settings.model
+    def __init__(self, settings: params.Captioning, purse: Purse, schema: dict = SCHEMA):
+        self.settings, self.purse, self.model, self.schema = settings, purse, settings.model, schema
         self.address = settings.base_url or OPENAI
         self._stopped = threading.Event()
         key = os.environ.get(KEY, "").strip()
@@ -74,7 +77,7 @@ class Server:
         if not self._stopped.is_set():
             keep(index, self._answer(*question))
 
-    def _answer(self, picture: bytes, prompt: str) -> Reply:
+    def _answer(self, picture: bytes | None, prompt: str) -> Reply:
         """The reply, asked for again after every fault that may pass."""
         wait, told, reason = self.settings.first_wait, 0.0, ""
         for attempt in range(self.settings.retries + 1):
@@ -93,22 +96,26 @@ class Server:
             return UNREADABLE
         raise self._silent(reason)
 
-    def _once(self, picture: bytes, prompt: str) -> Reply:
+    def _once(self, picture: bytes | None, prompt: str) -> Reply:
         """One question. Raises _Fault where another try may help, and StageError where none will."""
         import openai
 
-        shown = "data:image/png;base64," + base64.b64encode(picture).decode()
-        content = [{"type": "text", "text": prompt}, {"type": "image_url", "image_url": {"url": shown}}]
+        content: list[dict] = [{"type": "text", "text": prompt}]
+        if picture is not None:
+            shown = "data:image/png;base64," + base64.b64encode(picture).decode()
+            content.append({"type": "image_url", "image_url": {"url": shown}})
         with self.purse.paying(self._most(prompt)) as settle:
             try:
-                response = self._client.chat.completions.create(
+                response = _within(self.settings.longest_answer, self._client.chat.completions.create)(
                     model=self.model,
                     messages=[{"role": "user", "content": content}],
-                    response_format={"type": "json_schema", "json_schema": SCHEMA},
+                    response_format={"type": "json_schema", "json_schema": self.schema},
                     max_tokens=self.settings.max_tokens,
                     temperature=0,
                     seed=self.settings.seed,
                 )
+            except TimeoutError:
+                raise _Fault(f"an answer takes more than {self.settings.longest_answer:g} s") from None
             except openai.APIConnectionError as error:  # cut or too slow: it may have been charged
                 raise _Fault(self._said(error)) from None
             except openai.APIStatusError as error:
@@ -181,6 +188,27 @@ class _Garbled(_Fault):
         super().__init__(self.reason)
 
 
+def _within(seconds: float, call: Callable) -> Callable:
+    """`call`, which raises TimeoutError where it has not returned in time: silence alone is what HTTP clients time.
+
+    The thread that waits for it is left to itself, and ends with the process.
+    """
+
+    def timed(*words, **named):
+        answer: Future = Future()
+
+        def wait() -> None:
+            try:
+                answer.set_result(call(*words, **named))
+            except BaseException as error:
+                answer.set_exception(error)
+
+        threading.Thread(target=wait, daemon=True).start()
+        return answer.result(seconds)
+
+    return timed
+
+
 def _retry_after(headers) -> float:
     """Seconds that a server asks to wait: a number, or the time of day."""
     said = headers.get("retry-after", "")
@@ -214,12 +242,12 @@ class Local:
         for start in range(0, len(questions), self.settings.parallel):
             some = questions[start : start + self.settings.parallel]
             talks = [
-                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
-                for _, prompt in some
+                [{"role": "user", "content": [{"type": "image"}] * bool(picture) + [{"type": "text", "text": prompt}]}]
+                for picture, prompt in some
             ]
             texts = [self.processor.apply_chat_template(talk, add_generation_prompt=True) for talk in talks]
-            pictures = [Image.open(io.BytesIO(picture)).convert("RGB") for picture, _ in some]
-            inputs = self.processor(text=texts, images=pictures, padding=True, return_tensors="pt")
+            pictures = [Image.open(io.BytesIO(picture)).convert("RGB") for picture, _ in some if picture]
+            inputs = self.processor(text=texts, images=pictures or None, padding=True, return_tensors="pt")
             inputs = inputs.to(self.network.device)
             output = self.network.generate(**inputs, max_new_tokens=self.settings.max_tokens, do_sample=False)
             written = output[:, inputs.input_ids.shape[1] :]

@@ -25,7 +25,7 @@ LICENCES = {
     "IDEA-Research/grounding-dino-base": "Apache-2.0",
     "facebook/sam2.1-hiera-large": "Apache-2.0",
     "facebook/sam3": "SAM licence",
-    "diffusers/stable-diffusion-xl-1.0-inpainting-0.1": "CreativeML Open RAIL++-M",
+    "diffusers/stable-diffusion-xl-1.0-inpainting-0.1": "openrail++ (CreativeML Open RAIL++-M)",
     "Qwen/Qwen3-VL-8B-Instruct": "Apache-2.0",
     "gpt-4o": "OpenAI's terms of use",
     "focusdpo_lib.dip.toybox": "Apache-2.0",

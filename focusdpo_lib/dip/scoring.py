@@ -39,8 +39,9 @@ class Scoring:
     name: str = NAME
 
     def open(self) -> Maker:
-        dino = DinoEncoder(shipped("dino", self.settings.dino), best_device(), self.settings.batch_size)
-        clip = ClipEncoder(shipped("clip", self.settings.clip), best_device(), self.settings.batch_size)
+        use, device = self.settings, best_device()
+        dino = DinoEncoder(shipped("dino", use.dino), device, use.batch_size, use.dino_revision)
+        clip = ClipEncoder(shipped("clip", use.clip), device, use.batch_size, revision=use.clip_revision)
         return lambda drafts: scored(drafts, dino, clip)
 
 

@@ -13,51 +13,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from focusdpo_lib import backbones, params, strict_yaml
+from focusdpo_lib import backbones, params
 from focusdpo_lib.backbones.interface import Backbone
 from focusdpo_lib.dip.chain import Draft, Maker, Unfit
 from focusdpo_lib.dip.detectors import load_detector
+from focusdpo_lib.dip.lists import KINDS, read_lists
 from focusdpo_lib.dip.mask_rules import choose, edge_colour, edge_share
 from focusdpo_lib.dip.models import StageError, facts, images, seed_of
 from focusdpo_lib.dip.pairs import split_of, splits_by_identity
 
 NAME = "synthesis"
-KINDS = ("object", "animal", "human")
 STUDIO = "a studio photo of {}, whole, alone, from the front, on a plain white background"
 
 
 # --- what is drawn ---------------------------------------------------------------------------------------------------
-
-
-def read_lists(path: str | Path) -> dict[str, Any]:
-    """The lists of a YAML: `slots`, by name its words; `subjects` and `scenes`, by kind. Raises StageError.
-
-    A subject is {word, looks}: the class word, and descriptions with slots in braces, each of which names the word.
-    """
-    try:
-        lists = strict_yaml.load(Path(path).read_text(encoding="utf-8"))
-        for kind in KINDS & lists["subjects"].keys():
-            scenes, subjects = lists["scenes"][kind], lists["subjects"][kind]
-            if not all(isinstance(scene, str) for scene in scenes) or not scenes:
-                raise ValueError(f"the scenes of {kind} are no list of texts")
-            for subject in subjects:
-                for look in subject["looks"]:
-                    described = look.format(**{name: words[0] for name, words in lists["slots"].items()})
-                    if subject["word"] not in described.split():
-                        raise ValueError(f"{look!r} does not name its {subject['word']}")
-        if unknown := lists["subjects"].keys() - {*KINDS}:
-            raise ValueError(f"{', '.join(sorted(unknown))} is none of {', '.join(KINDS)}")
-        return lists
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, LookupError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise StageError(f"{path} holds no lists to draw from ({reason}): correct it, or synthesis.lists") from None
 
 
 def plan(settings: params.Synthesis) -> list[Draft]:

@@ -297,12 +297,12 @@ def _open_clip_name(model: str) -> tuple[str, str | None]:
 
 def clip_repository(model: str) -> str | None:
     """The hub repository that open_clip reads a model from ("hf-hub:<id>", "<name>/<tag>"), if any."""
+    name, tag = _open_clip_name(model)
+    if tag is None:
+        return name.removeprefix("hf-hub:") if name.startswith("hf-hub:") else None
     import open_clip
 
-    name, tag = _open_clip_name(model)
-    if tag is not None:
-        return (open_clip.get_pretrained_cfg(name, tag) or {}).get("hf_hub", "").rpartition("/")[0] or None
-    return name.removeprefix("hf-hub:") if name.startswith("hf-hub:") else None
+    return (open_clip.get_pretrained_cfg(name, tag) or {}).get("hf_hub", "").rpartition("/")[0] or None
 
 
 def _snapshot(model: str, revision: str) -> str:
