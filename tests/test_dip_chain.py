@@ -330,7 +330,7 @@ def test_the_content_of_a_model_s_folder_is_an_input(tmp_path):
 
 def test_the_run_sheet_lies_beside_the_drafts(tmp_path):
     made = stages.make_drafts(tmp_path, "main", params.Chain(part_size=4), {"dip": DIP})
-    kept = pd.read_csv(made / stages.RUN_SHEET, index_col="stage").fillna({"why": ""})
+    kept = pd.read_csv(made / stages.RUN_SHEET, index_col="stage", dtype={"why": str}).fillna({"why": ""})
     pd.testing.assert_frame_equal(kept, run_sheet(made, STAGES), check_dtype=False)
     assert list(kept.index) == ["plan", *STAGES] and (kept["came"] == kept["came"].iloc[0]).all()
 
