@@ -119,13 +119,19 @@ def _disturbance(pair) -> str:
     return textwrap.fill(textwrap.shorten(f"“{'; '.join(pair.disrupted_captions)}”", 72, placeholder=" …"), 24)
 
 
+MOST = 8
+
+
 def disruption_counts(rows: pd.DataFrame, changed: pd.Series) -> Figure:
-    """How losers differ: pairs by kind and by strength (columns of `rows`), and the attributes that changed."""
+    """How losers differ: pairs by kind and by strength (columns of `rows`), and the attributes that changed most.
+
+    A captioner names attributes as it likes, so no more than MOST are shown.
+    """
     figure, axes = subplots(1, 3, (WIDTH, 2.8))
     panels = (
         (rows["kind"].value_counts(), "kind of disturbance", "pairs"),
         (rows["strength"].value_counts().sort_index(), "strength (attributes a subject)", "pairs"),
-        (changed.value_counts(), "attribute that changed", "disturbed subjects"),
+        (changed.value_counts().head(MOST), "attribute that changed", "disturbed subjects"),
     )
     for axis, (counts, x, y) in zip(axes[0], panels, strict=True):
         axis.bar([str(name) for name in counts.index], counts.to_numpy(), color="#0072B2", width=0.6)
