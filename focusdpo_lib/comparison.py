@@ -214,13 +214,7 @@ def score_rows(
     """
     few = benchmark.first_prompts(prompts(families))
     rows = {}
-    names = dict.fromkeys(name for case in few.cases for name in case.subjects)
-    if single := [name for name in names if len(few.subjects[name].photos) < 2]:
-        print(f"The anchor 'photos' is left out: there is one photo only of {', '.join(single)}.")
-    else:
-        rows["photos"] = [scores.score_photos(few, encoders, evaluation)]
-    rows["copy"] = [scores.score_copy(few, encoders, evaluation)]
-    for row, made in folders.items():
+    for row, made in folders.items():  # before the other anchors, so that their processes share the photos too
         if row == ORACLE:  # an anchor: no sampling settings stand behind it
             rows[row] = [scores.score_images(few, made[0] / IMAGES, encoders, evaluation, None)]
         elif not family_of(row):  # another system's
@@ -229,7 +223,13 @@ def score_rows(
         else:
             how = encoders, evaluation, families[family_of(row)].generation, processes
             rows[row] = [stages.score(results, run.name, benchmark, run, *how) for run in made]
-    return rows
+    names = dict.fromkeys(name for case in few.cases for name in case.subjects)
+    if single := [name for name in names if len(few.subjects[name].photos) < 2]:
+        print(f"The anchor 'photos' is left out: there is one photo only of {', '.join(single)}.")
+        of_photos = {}
+    else:
+        of_photos = {"photos": [scores.score_photos(few, encoders, evaluation)]}
+    return {**of_photos, "copy": [scores.score_copy(few, encoders, evaluation)], **rows}
 
 
 def attribute_table(

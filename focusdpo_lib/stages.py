@@ -30,7 +30,7 @@ from focusdpo_lib.dip.run import run_chain
 from focusdpo_lib.dip.run_sheet import run_sheet
 from focusdpo_lib.evaluation import case_list, encoders
 from focusdpo_lib.evaluation.benchmark import KINDS, Benchmark, BenchmarkError
-from focusdpo_lib.evaluation.embeddings import EMBEDDINGS, Kept, kept
+from focusdpo_lib.evaluation.embeddings import EMBEDDINGS, Kept, embed, kept
 from focusdpo_lib.evaluation.encoders import DinoEncoder, Encoders
 from focusdpo_lib.evaluation.scores import image_files, score_images
 from focusdpo_lib.generation import IMAGES, generate, image_seed
@@ -481,7 +481,7 @@ def score(
 ) -> pd.DataFrame:
     """Stage scores: per-image scores of a generation run, or of a kept row of another system's images, as parquet.
 
-    Several processes encode the images.
+    Several processes encode the images, and the photos where no row before it has.
     """
     benchmark, evaluation = benchmark.first_prompts(generation.prompts), pinned_encoders(evaluation, results)
     settings = {"evaluation": evaluation, "kind": benchmark.kind}
@@ -491,8 +491,9 @@ def score(
         if not job.complete:
             with job:
                 encoders = kept(encoders, home(results) / EMBEDDINGS, job.folder / EMBEDDINGS)
-                files = tuple(image_files(benchmark, Path(images) / IMAGES, generation).values())
-                work = _Encoding.of(encoders, files, evaluation)
+                photos = [photo for subject in benchmark.subjects.values() for photo in subject.photos]
+                files = image_files(benchmark, Path(images) / IMAGES, generation).values()
+                work = _Encoding.of(encoders, (*photos, *files), evaluation)
                 if processes > 1:
                     workers.run(work, job.folder, processes, "vectors", "vector")
                 else:
@@ -536,8 +537,7 @@ class _Encoding:
             (encoder, encoder.batches(self.pictures[name], shard)) for name, encoder in self._named(all_kept).items()
         ]
         progress.expects(sum(len(batch) for _, batches in todo for batch in batches))
-        for encoder, batches in todo:
-            encoder.embed(batches, progress)
+        embed(todo, progress)
 
     @staticmethod
     def _named(encoders: Encoders) -> dict[str, Kept]:

@@ -1,6 +1,7 @@
 """What was encoded once is not encoded again: by whom, when and under which name does not matter, content does."""
 
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -11,23 +12,29 @@ from test_evaluation_scores import PROMPTS, folder, generated  # noqa: F401 (a f
 from tiny_models import write_tiny_models
 
 from focusdpo_lib import params, stages
+from focusdpo_lib.evaluation import embeddings
 from focusdpo_lib.evaluation.benchmark import Benchmark, open_image
-from focusdpo_lib.evaluation.embeddings import Kept, kept, place_of
-from focusdpo_lib.evaluation.encoders import Encoders
+from focusdpo_lib.evaluation.embeddings import Kept, embed, kept, place_of
+from focusdpo_lib.evaluation.encoders import Encoders, ahead
 
 
 class Greys:
-    """An encoder that counts: a grey of g is (g, 1), a text (its length, 0)."""
+    """An encoder that counts: a grey of g is the direction of (g, 1), a text (its length, 0)."""
 
-    id, batch_size = "greys@1", 2
+    id, batch_size, kind, device = "greys@1", 2, "dino", "cpu"
 
     def __init__(self):
         self.calls = []
 
     def images(self, pictures):
-        opened = [p if isinstance(p, Image.Image) else open_image(p) for p in pictures]
-        self.calls.append([image.getpixel((0, 0))[0] for image in opened])
-        return torch.tensor([[float(level), 1.0] for level in self.calls[-1]])
+        return self.vectors(torch.stack([self.prepare(open_image(picture)) for picture in pictures]))
+
+    def prepare(self, image):
+        return torch.tensor([float(image.getpixel((0, 0))[0]), 1.0])
+
+    def vectors(self, pixels):
+        self.calls.append(pixels[:, 0].tolist())
+        return pixels
 
     def texts(self, prompts):
         self.calls.append(list(prompts))
@@ -92,9 +99,24 @@ def test_shards_share_the_batches_of_one_call(tmp_path):
     todo = every[0].missing(files)
     assert todo == files[:5]
     for number, encoder in enumerate(every):
-        encoder.embed(encoder.batches(todo, (number, 2)))
+        embed([(encoder, encoder.batches(todo, (number, 2)))])
     assert [encoder.encoder.calls for encoder in every] == [[[1, 2], [5]], [[3, 4]]]
-    assert every[0].missing(files) == [] and every[0].images(files)[:, 0].tolist() == [1, 2, 3, 4, 5, 1]
+    assert every[0].missing(files) == []
+    directions = every[0].images(files)
+    assert (directions[:, 0] / directions[:, 1]).tolist() == pytest.approx([1, 2, 3, 4, 5, 1])
+
+
+def test_encoders_side_by_side_open_a_file_once(tmp_path, monkeypatch):
+    """A file that both lack is decoded for both, where it stands in the same batch of each."""
+    files, opened = saved(tmp_path, a=1, b=2, c=3, d=4, e=5), []
+    monkeypatch.setattr(embeddings, "open_image", lambda path: opened.append(path.stem) or open_image(path))
+    one, other = Kept(Greys(), tmp_path / "one"), Kept(Greys(), tmp_path / "other")
+    other.encoder.batch_size = 3
+    embed([(one, one.batches(files)), (other, other.batches(files[1:]))])
+    assert one.encoder.calls == [[1, 2], [3, 4], [5]] and other.encoder.calls == [[2, 3, 4], [5]]
+    # lots: a b | b c d, then c d | e, then e: what a lot needs of another one is opened once more
+    assert sorted(opened) == list("abccddee")
+    assert one.missing(files) == other.missing(files[1:]) == [] and other.missing(files[:1]) == files[:1]
 
 
 def test_an_encoder_of_unknown_weights_is_not_kept():
@@ -110,10 +132,12 @@ def test_scoring_again_costs_no_forward(folder, tmp_path, monkeypatch, processes
     models = write_tiny_models(tmp_path / "models")
     evaluation = params.Evaluation(dino=str(models / "dino"), clip=str(models / "clip"), reader=None, batch_size=2)
     images = generated(tmp_path, _0000_0=30, _0001_0=60, _0002_0=90).parent
-    of = Benchmark.load(folder, "single"), images
-    first = stages.score(
-        tmp_path, "a", *of, stages.load_encoders(evaluation), evaluation, params.Generation(), processes
-    )
+    of, here = (Benchmark.load(folder, "single"), images), []
+    encoders = stages.load_encoders(evaluation)
+    for encoder in (encoders.dino, encoders.clip):
+        monkeypatch.setattr(encoder, "vectors", lambda p, of=encoder.vectors: here.append(len(p)) or of(p))
+    first = stages.score(tmp_path, "a", *of, encoders, evaluation, params.Generation(), processes)
+    assert bool(here) == (processes == 1)  # several processes share images and photos: this one encodes none
     encoders = stages.load_encoders(evaluation, tmp_path)
     calls = []
     for encoder in (encoders.dino.encoder, encoders.clip.encoder):
@@ -123,3 +147,22 @@ def test_scoring_again_costs_no_forward(folder, tmp_path, monkeypatch, processes
     again = stages.score(tmp_path, "b", *of, encoders, evaluation, params.Generation(), processes)
     assert not calls and len(first) == 9 and len(PROMPTS) > 2
     assert first["value"].tolist() == again["value"].tolist()
+
+
+def test_the_next_batch_is_made_beside_the_one_in_use_and_no_further():
+    """Waiting here for an item of the second batch would never end if it were made when it is asked for."""
+    made, second = [], threading.Event()
+
+    def make(item):
+        made.append(item)
+        if item == 3:
+            second.set()
+        return -item
+
+    batches = ahead([[1, 2], [3], [4, 5]], make)
+    assert next(batches) == [-1, -2] and second.wait(30)
+    assert made == [1, 2, 3]  # nothing of the third, however long it takes
+    assert list(batches) == [[-3], [-4, -5]] and list(ahead([], make)) == []
+    broken = ahead([[0], [1], [2]], lambda item: 1 // item)
+    with pytest.raises(ZeroDivisionError):
+        next(broken)

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from itertools import chain, zip_longest
 from pathlib import Path
 
 import torch
@@ -18,7 +19,8 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from focusdpo_lib.evaluation.encoders import ClipEncoder, DinoEncoder, Encoders, Picture
+from focusdpo_lib.evaluation.benchmark import open_image
+from focusdpo_lib.evaluation.encoders import ClipEncoder, DinoEncoder, Encoders, Picture, ahead, unit
 from focusdpo_lib.runs import atomic
 from focusdpo_lib.workers import SILENT, WHOLE, Progress, Shard
 
@@ -35,6 +37,29 @@ def kept(encoders: Encoders, folder: Path, passing: Path | None = None) -> Encod
         if place is not None and not isinstance(encoder, Kept):
             known[name] = Kept(encoder, place_of(place, encoder.id))
     return replace(encoders, **known)
+
+
+def embed(work: Sequence[tuple["Kept", Sequence[Sequence[Path]]]], progress: Progress = SILENT) -> None:
+    """Encodes batches of files by encoders that keep their vectors, the first batch of each, then the second, …
+
+    So a file that several encoders lack is opened once, and no more than a batch of each lies in memory beside that
+    which is computed.
+    """
+    lots = list(zip_longest(*(batches for _, batches in work), fillvalue=()))
+    wanted = [{file: [i for i, batch in enumerate(lot) if file in batch] for file in chain(*lot)} for lot in lots]
+
+    def prepare(asked: tuple[Path, list[int]]) -> dict[int, torch.Tensor]:
+        image = open_image(asked[0])
+        return {i: work[i][0].prepare(image) for i in asked[1]}
+
+    prepared = ahead([list(files.items()) for files in wanted], prepare, work[0][0].device)
+    for lot, files, pixels in zip(lots, wanted, prepared, strict=True):
+        found = dict(zip(files, pixels, strict=True))
+        for i, batch in enumerate(lot):
+            if batch:
+                progress.begins(str(batch[0]))
+                work[i][0].keep(batch, torch.stack([found[file][i] for file in batch]))
+                progress.done(len(batch))
 
 
 def place_of(folder: Path, encoder: str) -> Path:
@@ -71,12 +96,10 @@ class Kept:
         size = self.encoder.batch_size
         return [pictures[at : at + size] for at in range(0, len(pictures), size)][shard[0] :: shard[1]]
 
-    def embed(self, batches: Sequence[Sequence[Picture]], progress: Progress = SILENT) -> None:
-        """Encodes pictures and keeps their vectors, a batch at a time."""
-        for batch in batches:
-            progress.begins(str(batch[0]))
-            self._keep([_key_of_picture(picture) for picture in batch], self.encoder.images(batch))
-            progress.done(len(batch))
+    def keep(self, pictures: Sequence[Picture], pixels: torch.Tensor) -> None:
+        """Encodes prepared pictures as one batch and keeps their vectors."""
+        vectors = unit(self.encoder.kind, self.encoder.vectors(pixels), pictures)
+        self._keep([_key_of_picture(picture) for picture in pictures], vectors)
 
     def __getattr__(self, name: str):
         return getattr(self.encoder, name)
