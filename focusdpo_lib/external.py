@@ -1,34 +1,28 @@
 """Rows of a table whose images another system made: read, checked, kept, scored as the kit's own are.
 
-python -m focusdpo_lib.evaluation.external FOLDER --layout uno --row OminiControl --params params/paper/04_table1.yaml
-
-keeps results/external/<kind>/<row>: the images by case (as links where the disk allows it), and where they came from.
+A kept row is results/external/<kind>/<row>: the images by case (as links where the disk allows it), and where they came
+from. Rows come from a table's settings or from the command (see `batch.external_row`).
 """
 
-import argparse
 import json
 import os
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
-from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from focusdpo_lib import params, runs, stages
-from focusdpo_lib.evaluation import layouts, scores, statistics
-from focusdpo_lib.evaluation.benchmark import KINDS, Benchmark
+from focusdpo_lib.evaluation import layouts
+from focusdpo_lib.evaluation.benchmark import Benchmark
 from focusdpo_lib.evaluation.encoders import Encoders
-from focusdpo_lib.evaluation.rows import ROWS, family
+from focusdpo_lib.evaluation.rows import ROWS, SOURCE, family
 from focusdpo_lib.generation import IMAGES, image_name
 from focusdpo_lib.params import ExternalRow, ParameterError, Sampled
 from focusdpo_lib.runs import Run, atomic
 
 SAMPLING = "sampling.json"
-SOURCE = ("repository", "commit", "command")
-FAULTS = (ValueError, RuntimeError)  # of settings, folders, benchmarks, encoders and runs, each in a sentence
 
 
 def check_name(row: str, taken: Sequence[str] = ()) -> None:
@@ -116,81 +110,3 @@ def source(folder: Path) -> str:
     """Where a kept row comes from, in words: its layout, repository, commit and command."""
     given = runs.settings(folder)["external"]
     return ", ".join([f"layout {given['layout']}", *(f"{name} {given[name]}" for name in SOURCE)])
-
-
-def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m focusdpo_lib.evaluation.external", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("folder", type=Path, help="of the images")
-    parser.add_argument("--layout", required=True, choices=layouts.LAYOUTS, help="as which the system wrote them")
-    parser.add_argument("--row", required=True, help="the row's name in the table")
-    parser.add_argument("--params", required=True, type=Path, help="a YAML of notebook 04 or 05: results, benchmark, …")
-    parser.add_argument("--kind", choices=KINDS, help="of cases; none: single for a YAML named 04…, multi for 05…")
-    parser.add_argument("--results", type=Path, help="folder of results; none: that of the YAML")
-    parser.add_argument("--notebooks", type=Path, default=Path("notebooks"), help="from where the YAML's paths go")
-    for name in SOURCE:
-        parser.add_argument(f"--{name}", default="unknown", help="where the images come from")
-    parser.add_argument("--size", type=int, nargs="+", help="of the images: a side, or width and height")
-    parser.add_argument("--references", default="unknown", choices=["listed", "all", "unknown"], help="that went in")
-    parser.add_argument("--images-per-prompt", type=int, default=1)
-    parser.add_argument("--prompts", type=int, help="the first so many of every subject; none: all")
-    parser.add_argument("--sampling", nargs="*", default=[], metavar="KEY=VALUE", help="what else is known: steps=25 …")
-    return parser.parse_args(arguments)
-
-
-def _row(given: argparse.Namespace) -> ExternalRow:
-    """The row that the command line describes. Raises ParameterError as a YAML would."""
-    sampling: dict[str, Any] = {"references": given.references, "images_per_prompt": given.images_per_prompt}
-    for text in given.sampling:
-        key, equals, value = text.partition("=")
-        if not (key and equals):
-            raise ParameterError(f"--sampling {text} is not accepted: write it as KEY=VALUE")
-        sampling[key] = value
-    size = given.size and (given.size[0] if len(given.size) == 1 else given.size)
-    row = {name: getattr(given, name) for name in ("row", "layout", *SOURCE)}
-    row |= {"folder": str(given.folder), "size": size, "sampling": sampling | {"prompts": given.prompts}}
-    return params.section("external", {"rows": [row]}, "the command line").rows[0]
-
-
-def _kind(given: argparse.Namespace) -> str:
-    by_name = {"04": "single", "05": "multi"}.get(given.params.name[:2])
-    if not (given.kind or by_name):
-        raise ParameterError(f"--kind is needed, which {given.params.name} does not tell: single or multi")
-    return given.kind or by_name
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line: keeps and scores one row, and prints its means; 1 and a sentence where that is not possible."""
-    given = _arguments(arguments)
-    try:
-        values, row, kind = params.read_yaml(given.params), _row(given), _kind(given)
-        row = row.model_copy(update={"folder": os.path.abspath(row.folder)})
-        results = given.results and given.results.absolute()
-        with chdir(given.notebooks):  # where a notebook reads the YAML's paths from
-            results = Path(results or values.get("results") or "../results/toybox").resolve()
-            folder, table, average = _scored(results, row, kind, values, str(given.params))
-    except FAULTS as error:
-        print(f"nothing was scored: {error}", file=sys.stderr)
-        return 1
-    shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-    print(f"{row.row}: {source(folder)}\nkept in {shown}\n")
-    for metric in table["metric"].unique():
-        units = statistics.units([table], metric, average)
-        print(f"{metric:20} {units['numerator'].sum() / units['denominator'].sum():.4f}")
-    return 0
-
-
-def _scored(
-    results: Path, row: ExternalRow, kind: str, values: Mapping[str, Any], where: str
-) -> tuple[Path, pd.DataFrame, str]:
-    """The kept row, its scores by the YAML's benchmark and evaluation, and over what a mean is."""
-    evaluation = params.section("evaluation", values.get("evaluation"), where)
-    benchmark = stages.load_benchmark(results, params.section("benchmark", values.get("benchmark"), where), kind)
-    scores.check(benchmark, evaluation, row.sampling)
-    folder = keep(results, benchmark, row)
-    encoders = stages.load_encoders(evaluation, results)
-    return folder, score(results, benchmark, folder, encoders, evaluation, row.sampling.prompts), evaluation.average
-
-
-if __name__ == "__main__":
-    sys.exit(main())

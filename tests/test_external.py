@@ -10,7 +10,7 @@ from test_evaluation_layouts import as_cases, as_uno, listed, write_benchmark
 from tiny_models import write_tiny_models
 
 from focusdpo_lib import external, params, runs, stages
-from focusdpo_lib.batch import reproduce
+from focusdpo_lib.batch import external_row, reproduce
 from focusdpo_lib.evaluation import scores
 from focusdpo_lib.evaluation.benchmark import Benchmark, BenchmarkError
 from focusdpo_lib.evaluation.layouts import LayoutError
@@ -96,11 +96,11 @@ def test_the_command_scores_a_folder_by_the_protocol_of_a_table_s_yaml(tmp_path,
     values = {"results": "../results", "benchmark": {"folder": "../data"}, "evaluation": evaluation | {"reader": None}}
     (tmp_path / "04_table1.yaml").write_text(json.dumps(values))
     asked = [str(images), "--layout", "uno", "--row", "Theirs", "--params", str(tmp_path / "04_table1.yaml")]
-    assert external.main([*asked, "--notebooks", str(books)]) == 1
+    assert external_row.main([*asked, "--notebooks", str(books)]) == 1
     said = capsys.readouterr().err
     assert said.startswith("nothing was scored: evaluation.references cannot be 'used' where it is unknown which")
     known = ["--references", "listed", "--commit", "d305981", "--sampling", "lora=own"]
-    assert external.main([*asked, "--notebooks", str(books), *known]) == 0
+    assert external_row.main([*asked, "--notebooks", str(books), *known]) == 0
     said = capsys.readouterr().out
     assert "layout uno, repository unknown, commit d305981, command unknown" in said
     kept = pd.read_parquet(tmp_path / "kit" / "results" / "scores" / "single" / "external-Theirs" / "scores.parquet")
@@ -131,7 +131,7 @@ def test_the_command_says_in_a_sentence_what_is_wrong(tmp_path, folder, capsys):
         (["--kind", "multi", "--sampling", "steps"], "--sampling steps is not accepted: write it as KEY=VALUE"),
         (["--kind", "multi", "--row", "a/b"], "names no folder of a run"),
     ):
-        assert external.main([*asked, *more]) == 1
+        assert external_row.main([*asked, *more]) == 1
         assert said in capsys.readouterr().err
 
 

@@ -64,23 +64,35 @@ def imported(*words: str) -> set[str]:
     return {line.rpartition("|")[2].strip().partition(".")[0] for line in found.stderr.splitlines()}
 
 
-@pytest.mark.parametrize("command", ["batch", "batch.reproduce"])
+COMMANDS = ("batch", "batch.reproduce", "batch.dip_plan", "evaluation.external", "evaluation.dreambench")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_saying_how_it_is_used_takes_a_command_no_torch(command):
     packages = imported("-m", f"focusdpo_lib.{command}", "--help")
-    assert "yaml" in packages and packages.isdisjoint({"torch", "pandas", "diffusers", "nbformat", "papermill"})
+    assert "argparse" in packages and packages.isdisjoint({"torch", "diffusers", "nbformat", "papermill"})
+    assert "pandas" not in packages or command == "batch.dip_plan"  # it prints one
 
 
-def test_the_stages_import_the_large_libraries_where_they_use_them():
-    packages = imported("-c", "import focusdpo_lib.stages")
+@pytest.fixture(scope="module")
+def asked():
+    """What a process says that imports the stages, and bitsandbytes after them: what each brought along."""
+    code = (
+        "import os, sys, focusdpo_lib.stages; print(*{name.partition('.')[0] for name in sys.modules}); "
+        "import bitsandbytes; print('torch._inductor.compile_fx' in sys.modules, "
+        "os.environ.get('TORCHDYNAMO_DISABLE'), bitsandbytes.__spec__.loader is bitsandbytes.__loader__, "
+        "bitsandbytes.__file__)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return found.stdout.splitlines()
+
+
+def test_the_stages_import_the_large_libraries_where_they_use_them(asked):
+    packages = set(asked[0].split())
     assert "torch" in packages
     assert packages.isdisjoint({"diffusers", "transformers", "peft", "open_clip", "timm", "torchvision", "datasets"})
 
 
-def test_bitsandbytes_is_imported_without_torch_s_compiler():
+def test_bitsandbytes_is_imported_without_torch_s_compiler(asked):
     pytest.importorskip("bitsandbytes")
-    code = (
-        "import os, sys, focusdpo_lib, bitsandbytes; print('torch._inductor.compile_fx' in sys.modules, os.environ.get"
-    )
-    code += "('TORCHDYNAMO_DISABLE'), bitsandbytes.__spec__.loader is bitsandbytes.__loader__, bitsandbytes.__file__)"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.startswith("False None True /"), found.stdout
+    assert asked[1].startswith("False None True /")

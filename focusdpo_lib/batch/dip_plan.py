@@ -16,7 +16,7 @@ import pandas as pd
 
 from focusdpo_lib import params
 from focusdpo_lib.batch.plan import CARDS, OPERATIONS, PNG, Assumed
-from focusdpo_lib.dip.assembly import PICTURES, STAGES
+from focusdpo_lib.dip.chain import PICTURES, STAGES
 
 TEXT = 512  # tokens of T5
 TOKENS = {"one": TEXT + 32**2 + 32**2, "two": TEXT + 32**2 + 2 * 20**2}  # of the units' evaluations: text, an image of

@@ -18,14 +18,12 @@ from focusdpo_lib.dip import (
     synthesis,
     toybox_stages,
 )
-from focusdpo_lib.dip.chain import Stage
+from focusdpo_lib.dip.chain import PICTURES, STAGES, Stage
 from focusdpo_lib.dip.run import Plan
 from focusdpo_lib.evaluation.encoders import clip_repository
 from focusdpo_lib.runs import home
 
-STAGES = (*toybox_stages.MAKERS, scoring.NAME)  # in order
 PIXEL_BYTES = 2  # of a PNG: photos compress no better
-PICTURES = 4  # of a draft, about: winner, loser and two references
 MODELS = (
     "detector",
     "segmenter",

@@ -15,6 +15,9 @@ import numpy as np
 
 from focusdpo_lib.pictures import PictureError
 
+STAGES = ("synthesis", "segmentation", "captioning", "disruption", "scoring")  # in order; after them curation decides
+PICTURES = 4  # of a draft, about: winner, loser and two references
+
 
 class Unfit(ValueError):
     """Raised where one draft is looked at alone: it falls out for this reason, in words that the run sheet counts."""

@@ -143,7 +143,8 @@ def _from(benchmark: Benchmark, path: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m focusdpo_lib.evaluation.case_list", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("run", type=Path, help="results/generation/<kind>/<run>")
     parser.add_argument("--to", choices=FORMS, required=True)
     parser.add_argument("--into", type=Path, required=True, metavar="FOLDER")

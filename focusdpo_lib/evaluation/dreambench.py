@@ -130,7 +130,8 @@ def check_copy(folder: str | Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m focusdpo_lib.evaluation.dreambench", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--folder", type=Path, default=PLACE, help="where to put it (default: %(default)s)")
     folder = parser.parse_args().folder
     try:

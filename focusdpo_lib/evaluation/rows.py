@@ -2,6 +2,7 @@
 
 ANCHORS = {"photos": "real photos", "oracle": "oracle (real renders)", "copy": "copy of the reference"}
 FAMILIES = {"uno": "UNO", "ipap": "IPAP"}  # a base's row; what was trained from it stands below it
+SOURCE = ("repository", "commit", "command")  # where the images of another system's row come from
 OBJECTIVES = {"sft": "SFT", "dpo": "DPO", "patchdpo": "PatchDPO", "focusdpo": "FocusDPO"}
 ROWS = ANCHORS | {  # as the paper names them: "uno" is UNO, "uno_sft" is UNO+SFT
     key: label
