@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import ViTModel
 
 from focusdpo_lib.evaluation.encoders import DinoEncoder
-from focusdpo_lib.toybox import clip, dino, reader, world
+from focusdpo_lib.toybox import clip, dino, reader, segmenter, world
 from focusdpo_lib.toybox.batches import ABSENT, VALUES, generator, imperfect, sample_scenes, slot_labels, to_pixels
 from focusdpo_lib.toybox.fitting import sound_backward
 
@@ -27,6 +27,7 @@ TRAIN = {
     "reader": partial(reader.train_reader, batch=4, pool=8, width=16),
     "dino": partial(dino.train_dino, batch=4, pool=8, prototypes=16, width=32, layers=1),
     "clip": partial(clip.train_clip, batch=12, pool=240, width=8),
+    "segmenter": partial(segmenter.train_segmenter, batch=2, pool=4, channels=(8, 16)),
 }
 
 
@@ -43,7 +44,7 @@ class Killed(Exception):
 def test_a_killed_training_resumes_to_the_bit(name, tmp_path, monkeypatch):
     train = TRAIN[name]
     unbroken, _ = train(tmp_path / "unbroken", steps=6, log_every=2)
-    module = {"reader": reader, "dino": dino, "clip": clip}[name]
+    module = {"reader": reader, "dino": dino, "clip": clip, "segmenter": segmenter}[name]
     whole_generator = module.generator
 
     def dies_at_step_4(*key):
@@ -337,6 +338,7 @@ def test_measurements_are_numbers_for_the_card(name, tmp_path):
         "reader": partial(reader.measure_reader, count=6),
         "dino": partial(dino.measure_dino, subjects=4, scenes=2),
         "clip": partial(clip.measure_clip, count=6),
+        "segmenter": partial(segmenter.measure_segmenter, count=40),
     }[name]
     numbers = measure(model)
     assert numbers and all(isinstance(value, float) for value in numbers.values())

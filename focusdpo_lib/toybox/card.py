@@ -14,6 +14,8 @@ MEANING = {
     "dino": "cosine similarity of CLS tokens and retrieval of held-out identities. What a changed attribute costs"
     " (`drop_*`) says what it sees: the colours, and hardly class or pattern",
     "clip": "retrieval of held-out captions",
+    "segmenter": "intersection over union with the exact mask of winners with one and two subjects and of references; "
+    "the share below 0.5; what the class's mean mask gives (`chance`), and both subjects as one (`two_union`)",
     "flux_uno": "samples of the validation benchmark, as the reader sees them: share of attributes right, leakage rate",
     "sdxl_ip": "the same, of the U-Net with its IP-Adapter",
 }

@@ -1,8 +1,9 @@
 """The recipe that trains every toybox model from nothing: `make toybox-weights`.
 
-Stages, in order: the autoencoder; the encoders (reader, DINO, CLIP); the latents of a large sample of the training
-world; on them, the UNO-style transformer, whose guidance is then distilled, and the U-Net with its IP-Adapter; the
-model card. Each is resumable in the work folder; the products are folders that the ordinary loaders read.
+Stages, in order: the autoencoder; the encoders (reader, DINO, CLIP) and the segmenter; the latents of a large sample of
+the training world; on them, the UNO-style transformer, whose guidance is then distilled, and the U-Net with its
+IP-Adapter; the model card. Each is resumable in the work folder; the products are folders that the ordinary loaders
+read.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import diffusers
 import numpy as np
 import open_clip
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DModel
 from PIL import Image
 from platformdirs import user_cache_path
 from transformers import ViTModel
@@ -33,6 +34,7 @@ from focusdpo_lib.toybox.card import CARD, CURVES, write_card
 from focusdpo_lib.toybox.clip import measure_clip, save_clip, train_clip
 from focusdpo_lib.toybox.dino import measure_dino, save_dino, train_dino
 from focusdpo_lib.toybox.reader import Reader, measure_reader, save_reader, train_reader
+from focusdpo_lib.toybox.segmenter import measure_segmenter, save_segmenter, train_segmenter
 from focusdpo_lib.toybox.transformer import distil_guidance, make_latents, train_flux
 from focusdpo_lib.toybox.unet import save_backbone, train_sdxl_ip
 
@@ -41,12 +43,19 @@ STEPS = {
     "reader": 2000,
     "dino": 2000,
     "clip": 3000,
+    "segmenter": 1500,
     "flux_uno": 14000,
     "flux_uno_guidance": 1200,  # its distillation
     "sdxl_ip": 7000,
 }
 MODELS = tuple(name for name in STEPS if name != "flux_uno_guidance")
-POOLS = {"autoencoder": 20_000, "reader": 30_000, "dino": 8_000, "clip": 30_000}  # images drawn once, trained on
+POOLS = {
+    "autoencoder": 20_000,
+    "reader": 30_000,
+    "dino": 8_000,
+    "clip": 30_000,
+    "segmenter": 6_000,
+}  # images drawn once, trained on
 LATENTS = 120_000
 GUIDANCE = {"flux_uno": 3.0, "sdxl_ip": 3.0}  # of the samples that measure a generator
 SHARD = 5_000
@@ -99,12 +108,13 @@ def run(
         kept.add("autoencoder", curve, measure_autoencoder(vae))
     else:
         vae = AutoencoderKL.from_pretrained(out / "flux_uno", subfolder="vae", use_safetensors=True)
-    encoders = {
+    alone = {
         "reader": (train_reader, measure_reader, save_reader),
         "dino": (train_dino, measure_dino, save_dino),
         "clip": (train_clip, measure_clip, save_clip),
+        "segmenter": (train_segmenter, measure_segmenter, save_segmenter),
     }
-    for name, (train, measure, save) in encoders.items():
+    for name, (train, measure, save) in alone.items():
         if name in only:
             model, curve = train(work, steps[name], pool=pools[name], **how)
             kept.add(name, curve, measure(model))
@@ -185,6 +195,7 @@ def measure(out: Path, work: Path, device: str = "cpu", only: Sequence[str] = MO
                 "reader": (lambda: reader, measure_reader),
                 "dino": (lambda: ViTModel.from_pretrained(out / "dino", add_pooling_layer=False), measure_dino),
                 "clip": (lambda: open_clip.create_model(f"local-dir:{out / 'clip'}"), measure_clip),
+                "segmenter": (lambda: UNet2DModel.from_pretrained(out / "segmenter"), measure_segmenter),
             }[name]
             card["numbers"][name] = by(model().to(device).eval())
     write_json(out / CARD, card)
