@@ -14,7 +14,7 @@ from torch import Tensor
 
 from focusdpo_lib import params
 from focusdpo_lib.backbones import Backbone
-from focusdpo_lib.masks import CorrespondenceTap, Focus, confusion, hit_rate, matched
+from focusdpo_lib.masks import CorrespondenceTap, Focus, confusion, hit_rate, matched, to_grid
 from focusdpo_lib.training import PreparedPairs, draw_view_noise, focus_masks, generator, new_tap, noised_views
 
 READING = (
@@ -107,6 +107,31 @@ def look(backbone: Backbone, pairs: PreparedPairs, t: float, settings: params.Ma
     noised = _watch(backbone, pairs, rows, t, tap, *_noise(pairs, seed))
     focus = focus_masks(backbone, tap, pairs, rows, settings)
     return Look(noised.cpu(), tap.result().cpu(), Focus(*(field.cpu() for field in focus)))
+
+
+def against_truth(
+    backbone: Backbone, pairs: PreparedPairs, true: Sequence[Tensor], times: Sequence[float], settings: params.Masks
+) -> dict[str, float]:
+    """Where masks that may be wrong make the loss look, by the true prior tokens (S, P_t) of each pair; means over all.
+
+    hit: share of M' on its subject's true tokens; weight: share of M² (Eq. 10) on the subjects' true tokens; reached:
+    share of these on which M is above 0; detail: share of pairs in the branch of Eq. 9 that looks at detail too.
+    """
+    tokens, rows = torch.stack(list(true)), []
+    for t in times:
+        focus = look(backbone, pairs, t, settings).focus
+        own = to_grid(tokens, pairs.token_grid, focus.focus.shape[-2:])
+        anyone, square = own.amax(1), focus.focus.square()
+        hit = (focus.matched * own).sum((-2, -1)) / focus.matched.sum((-2, -1))
+        rows.append(
+            {
+                "hit": hit.mean(),
+                "weight": ((square * anyone).sum((-2, -1)) / square.sum((-2, -1)).clamp_min(1e-12)).mean(),
+                "reached": (((square > 0) * anyone).sum((-2, -1)) / anyone.sum((-2, -1))).mean(),
+                "detail": (focus.coverage <= settings.tau).float().mean(),
+            }
+        )
+    return {name: float(sum(row[name] for row in rows) / len(rows)) for name in rows[0]}
 
 
 @torch.no_grad()

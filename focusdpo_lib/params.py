@@ -123,6 +123,26 @@ class Dip(Section):
     seed: Seed = 0
 
 
+class MaskError(Section):
+    """What a segmenter would have done to the toybox's masks; see `dip.mask_errors`."""
+
+    kind: Literal["exact", "eroded", "dilated", "shifted", "wrong"] = "exact"
+    amount: float = Field(0.0, ge=0)  # pixels of the picture; of wrong the share of masks
+    background: Literal["redrawn", "kept"] = "redrawn"  # what losers show where the mask lies off its subject
+
+    @model_validator(mode="after")
+    def _of_this_kind(self):
+        if (self.kind == "exact") != (self.amount == 0):
+            raise ValueError("an error has an amount above 0, and exact masks have none: correct kind or amount")
+        if self.kind == "wrong" and self.amount > 1:
+            raise ValueError("the amount of wrong is a share of the masks: give at most 1")
+        return self
+
+    @property
+    def name(self) -> str:
+        return "exact" if self.kind == "exact" else f"{self.kind}-{self.amount:g}"
+
+
 class Chain(Section):
     """Who makes each stage of Figure 4, and how the chain runs, on which nothing depends that comes out."""
 
@@ -584,6 +604,7 @@ class Families(Section):
 SECTIONS: dict[str, type[Section]] = {
     "backbone": Backbone,
     "dip": Dip,
+    "mask_error": MaskError,
     "chain": Chain,
     "scoring": Scoring,
     "curation": Curation,

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial as given
 from pathlib import Path
@@ -19,7 +19,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from focusdpo_lib import backbones, cluster, params, provenance, runs, workers
 from focusdpo_lib.backbones import best_device
-from focusdpo_lib.dip import dataset, review, scoring
+from focusdpo_lib.dip import dataset, mask_errors, review, scoring
 from focusdpo_lib.dip import toybox as dip_toybox
 from focusdpo_lib.dip.assembly import STAGES, assembled
 from focusdpo_lib.dip.card import write_card
@@ -132,22 +132,28 @@ def _multiple(backbone: params.Backbone) -> int:
     return 2 * stride if backbone.family == "flux_uno" else stride
 
 
-def build_pairs(results: Path, run: str, dip: params.Dip) -> Path:
+def build_pairs(results: Path, run: str, dip: params.Dip, error: params.MaskError | None = None) -> Path:
     """Stage dip: the preference pairs of the toybox world, or the folder of pairs that the settings name.
 
-    Raises RunError where that folder holds none.
+    `error`: what befalls the masks of the toybox's train pairs. Raises RunError where that folder holds none.
     """
+    if error is not None and error.kind != "exact":
+        return _build(results, run, {"dip": dip, "error": error}, given(mask_errors.build, dip, error))
     if dip.folder is not None:
         try:
             dataset.split_files(dip.folder, "train")
         except dataset.DatasetError as error:
             raise RunError(f"dip.folder = {dip.folder} is not accepted: {error}") from None
         return Path(dip.folder)
-    job = Run(place(results, "dip", run), {"dip": dip})
+    return _build(results, run, {"dip": dip}, given(dip_toybox.build, dip))
+
+
+def _build(results: Path, run: str, settings: Mapping[str, params.Section], build: Callable[[Path], None]) -> Path:
+    job = Run(place(results, "dip", run), settings)
     with job.alone():
         if not job.complete:
             with job:
-                dip_toybox.build(dip, job.folder)
+                build(job.folder)
     return job.folder
 
 

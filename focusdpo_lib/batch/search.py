@@ -110,19 +110,35 @@ def measure(
     settings: Settings, results: Path, benchmarks: Mapping[str, Benchmark], encoders: Encoders, trial: Trial | None
 ) -> dict[str, float]:
     """Trains (None: the base, nothing to train), samples and scores one trial; its metrics on each kind of case."""
-    use = settings.sections
-    adapter = None if trial is None else _train(use, results, trial)
+    adapter = None if trial is None else _train(settings.sections, results, trial)
     name = "base" if trial is None else trial.name
+    found = scored(settings.sections, results, name, benchmarks, encoders, adapter, REPORTED)
+    chosen = [found[f"{metric}_{kind}"] for metric in CHOSEN_BY for kind in benchmarks if f"{metric}_{kind}" in found]
+    return {"score": round(sum(chosen) / len(chosen), 4), **found}
+
+
+def scored(
+    use: Mapping[str, Any],
+    results: Path,
+    name: str,
+    benchmarks: Mapping[str, Benchmark],
+    encoders: Encoders,
+    adapter: Path | None,
+    metrics: Sequence[str],
+) -> dict[str, float]:
+    """Samples and scores what an adapter (None: the base) draws: {"<metric>_<kind of case>": mean}.
+
+    `use`: the sections backbone, generation and evaluation. A metric that is not known of a kind is left out.
+    """
     found = {}
     for kind, benchmark in benchmarks.items():
         images = stages.generate_images(results, name, benchmark, use["backbone"], use["generation"], adapter)
         scores = stages.score(results, name, benchmark, images, encoders, use["evaluation"], use["generation"])
-        for metric in REPORTED:
+        for metric in metrics:
             if (scores["metric"] == metric).any():
                 sums = statistics.units([scores], metric, use["evaluation"].average).sum()
                 found[f"{metric}_{kind}"] = round(float(sums["numerator"] / sums["denominator"]), 4)
-    chosen = [found[f"{metric}_{kind}"] for metric in CHOSEN_BY for kind in benchmarks if f"{metric}_{kind}" in found]
-    return {"score": round(sum(chosen) / len(chosen), 4), **found}
+    return found
 
 
 def _train(use: Mapping[str, Any], results: Path, trial: Trial) -> Path:
