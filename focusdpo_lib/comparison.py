@@ -250,7 +250,8 @@ def attribute_table(
         for name in ATTRIBUTES:
             values = statistics.units(read, name, evaluation.average)
             by = statistics.uncertainty(values, few.subjects_of, evaluation)
-            lines.append({"row": row, "attribute": name, **statistics.estimate(values, by)._asdict()})
+            found = statistics.estimate(values, by, statistics.SHARE)
+            lines.append({"row": row, "attribute": name, **found._asdict()})
     return pd.DataFrame(lines)
 
 
