@@ -165,9 +165,11 @@ def make_images(
     folders = {ORACLE: [oracle_images(results, benchmark, prompts(families))]} if benchmark.has_attributes else {}
     for family, rows in families.items():
         how = benchmark, rows.backbone, rows.generation
-        folders[family] = [stages.generate_images(results, family, *how, None, processes)]
+        folders[family] = [stages.generate_images(results, family, *how, None, processes, rows.photos)]
         for row in (row for row in found if family_of(row) == family):
-            folders[row] = [stages.generate_images(results, run.name, *how, run, processes) for run in found[row]]
+            folders[row] = [
+                stages.generate_images(results, run.name, *how, run, processes, rows.photos) for run in found[row]
+            ]
     return folders
 
 
@@ -248,7 +250,8 @@ def attribute_table(
         for name in ATTRIBUTES:
             values = statistics.units(read, name, evaluation.average)
             by = statistics.uncertainty(values, few.subjects_of, evaluation)
-            lines.append({"row": row, "attribute": name, **statistics.estimate(values, by)._asdict()})
+            found = statistics.estimate(values, by, statistics.SHARE)
+            lines.append({"row": row, "attribute": name, **found._asdict()})
     return pd.DataFrame(lines)
 
 

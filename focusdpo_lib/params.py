@@ -445,6 +445,23 @@ class Generation(Section):
     prompts: int | None = Field(None, gt=0)  # the first so many prompts of every subject; none: all
 
 
+class Photos(Section):
+    """How a benchmark's photos are prepared before a model sees them; scores are against the photos as they are."""
+
+    cut: Literal["raw", "box", "cutout"] = "raw"  # box: on a white square, what lies in the box that the detector of
+    # `segmentation` finds for the class word; cutout: what the masks by `segmentation.masks` keep
+    segmentation: Segmentation = Segmentation()
+    masks: Place | None = None  # where segmentation.masks is files: a folder of <subject>/<name of the photo>.png
+
+    @model_validator(mode="after")
+    def _files_where_they_are_read(self):
+        if (self.cut == "cutout" and self.segmentation.masks == "files") != (self.masks is not None):
+            raise ValueError(
+                "masks is the folder of cut: cutout with segmentation.masks: files: give all three, or no masks"
+            )
+        return self
+
+
 # What the name of a protocol sets of Evaluation's switches; evaluation/protocols.py says where each is from.
 _WHOLE = {"references": "all", "subjects": "mean", "average": "subject", "clip_precision": "float32"}
 _WHOLE |= {"region": "image", "clip_prompt": "class"}
@@ -573,6 +590,7 @@ class FamilyRows(Section):
 
     backbone: Backbone = Backbone()
     generation: Generation = Generation()
+    photos: Photos = Photos()
     adapters: Adapters = Adapters()
 
 
@@ -623,6 +641,7 @@ SECTIONS: dict[str, type[Section]] = {
     "generation": Generation,
     "evaluation": Evaluation,
     "benchmark": Benchmark,
+    "photos": Photos,
     "families": Families,
     "external": External,
 }

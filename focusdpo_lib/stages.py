@@ -20,10 +20,12 @@ from huggingface_hub import try_to_load_from_cache
 from focusdpo_lib import backbones, cluster, params, provenance, runs, workers
 from focusdpo_lib.backbones import best_device
 from focusdpo_lib.dip import dataset, mask_errors, review, scoring
+from focusdpo_lib.dip import photos as dip_photos
 from focusdpo_lib.dip import toybox as dip_toybox
 from focusdpo_lib.dip.assembly import STAGES, assembled
 from focusdpo_lib.dip.card import write_card
 from focusdpo_lib.dip.curation import curated, score_table
+from focusdpo_lib.dip.detectors import DEFAULTS
 from focusdpo_lib.dip.drafts import parts
 from focusdpo_lib.dip.pairs import write_pairs
 from focusdpo_lib.dip.run import run_chain
@@ -426,6 +428,33 @@ def load_benchmark(results: Path, settings: params.Benchmark, kind: str, split: 
     return Benchmark.load(settings.folder, kind, {"single": settings.single, "multi": settings.multi}[kind])
 
 
+def prepare_photos(results: Path, benchmark: Benchmark, photos: params.Photos) -> Path:
+    """Stage photos: the references of a benchmark's cases as `photos` say, made once and named by what they are.
+
+    Raises BenchmarkError that lists all in which no subject is found.
+    """
+    by = photos.segmentation
+    uses = {"box": ("detector",), "cutout": ("detector", "segmenter") if by.masks == "sam2" else ()}[photos.cut]
+    pinned = {
+        f"{name}_revision": commit
+        for name in uses
+        if backbones.is_hub_id(source := getattr(by, name) or DEFAULTS["sam2"])
+        and getattr(by, f"{name}_revision") is None
+        and (commit := backbones.pin(source, results))
+    }
+    photos = photos.model_copy(update={"segmentation": by.model_copy(update=pinned)})
+    inputs: dict[str, Path | str] = {"benchmark": benchmark.hash}
+    inputs |= {name: Path(where) for name in uses if (where := getattr(by, name)) and Path(where).is_dir()}
+    inputs |= {"masks": Path(photos.masks)} if photos.masks else {}
+    job = Run(home(results) / "photos", {"photos": photos}, inputs)
+    job.folder /= job.fingerprint[:16]
+    with job.alone():
+        if not job.complete:
+            with job:
+                dip_photos.write(job.folder, benchmark, photos)
+    return job.folder
+
+
 def generate_images(
     results: Path,
     run: str,
@@ -434,8 +463,12 @@ def generate_images(
     generation: params.Generation,
     adapter: Path | None = None,
     processes: int = 1,
+    photos: params.Photos | None = None,
 ) -> Path:
-    """Stage generation: a benchmark's images by the base (no adapter) or by a training run's adapter."""
+    """Stage generation: a benchmark's images by the base (no adapter) or by a training run's adapter.
+
+    `photos` says how references are prepared; as they are, they leave no trace in the run.
+    """
     backbone = backbones.pinned(backbone, results)
     benchmark = benchmark.first_prompts(generation.prompts)
     shown = benchmark.with_all_photos() if generation.references == "all" else benchmark
@@ -447,11 +480,16 @@ def generate_images(
             raise RunError(other)
         inputs["adapter"] = Path(adapter)
     settings = {"backbone": backbone, "generation": generation, "kind": benchmark.kind}
+    seen = shown
+    if photos is not None and photos.cut != "raw":
+        prepared = prepare_photos(results, shown, photos)
+        seen = dip_photos.shown(shown, prepared)
+        settings["photos"], inputs["photos"] = runs.settings(prepared)["photos"], prepared
     job = Run(place(results, f"generation/{benchmark.kind}", run), settings, inputs)
     with job.alone():
         if not job.complete:
             with job:
-                work = _Sampling(job.folder, shown, backbone, generation, adapter)
+                work = _Sampling(job.folder, seen, backbone, generation, adapter)
                 batches = math.ceil(len(benchmark.cases) * generation.images_per_prompt / generation.batch_size)
                 workers.run(work, job.folder, min(processes, batches), "images", "image")  # each loads the model
                 seed = given(image_seed, generation.seed)
@@ -506,6 +544,9 @@ def score(
                     with workers.Bar("vectors", "vector") as bar:
                         work.by(encoders, workers.WHOLE, bar)
                 scores = score_images(benchmark, Path(images) / IMAGES, encoders, evaluation, generation)
+                if isinstance(generation, params.Generation) and "photos" in (made := runs.settings(images)):
+                    of = params.section("photos", made["photos"], str(Path(images) / runs.PARAMS))
+                    scores.attrs["protocol"]["generation"]["photos"] = dip_photos.said(of)
                 with atomic(job.folder / SCORES) as partial:
                     scores.to_parquet(partial)
                 own = isinstance(generation, params.Generation)

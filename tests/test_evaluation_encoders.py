@@ -340,6 +340,25 @@ def test_prompts_longer_than_clip_reads_are_counted(weights):
     assert torch.equal(*clip.texts([fits, longer]))
 
 
+@pytest.mark.parametrize("text", [{}, {"no_causal_mask": True}, {"pool_type": "last"}])
+def test_words_are_computed_up_to_the_last_prompt_s_end_where_that_changes_nothing(weights, tmp_path, text):
+    """Against open_clip's own of all 16 tokens; a model that looks ahead, or at its last token, computes them all."""
+    shutil.copytree(weights / "clip", tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "open_clip_config.json"
+    config = json.loads(file.read_text())
+    config["model_cfg"]["text_cfg"] |= text
+    file.write_text(json.dumps(config))
+    clip, prompts, lengths = ClipEncoder(str(tmp_path)), ["a dog", "a red cat in the snow", "dog " * 20], []
+    clip.model.transformer.register_forward_hook(lambda model, given, out: lengths.append(out.shape[1]))
+    for some, length in ((prompts[:2], 8), (prompts, 16)):
+        with torch.no_grad():
+            expected = clip.model.encode_text(clip.tokenizer(some))
+        lengths.clear()
+        found = clip.texts(some)
+        assert lengths == [16 if text else length]
+        torch.testing.assert_close(found, expected / expected.norm(dim=-1, keepdim=True), rtol=0, atol=1e-6)
+
+
 def test_a_folder_of_another_model_is_no_reader_and_no_clip(weights, tmp_path):
     """The hub's own loader would leave every weight that the file does not have as it was drawn, without a word."""
     with pytest.raises(EncoderError, match=r"^evaluation.reader = .* cannot be loaded"):

@@ -34,11 +34,16 @@ def cosine(*degrees: float) -> float:
 class Angles:
     """An encoder whose embedding of an image or a known prompt is the unit vector at an angle in degrees."""
 
-    id, batch_size = "angles", 64
+    id, batch_size, kind, device = "angles", 64, "dino", "cpu"
 
     def images(self, pictures):
-        opened = [p if isinstance(p, Image.Image) else open_image(p) for p in pictures]
-        return self._vectors([image.getpixel((0, 0))[0] for image in opened])
+        return self.vectors(torch.stack([self.prepare(open_image(picture)) for picture in pictures]))
+
+    def prepare(self, image):
+        return torch.tensor([image.getpixel((0, 0))[0]])
+
+    def vectors(self, pixels):
+        return self._vectors(pixels[:, 0].tolist())
 
     def texts(self, prompts):
         return self._vectors([PROMPTS[p] for p in prompts])

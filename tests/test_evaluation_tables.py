@@ -231,10 +231,41 @@ def test_table_2_takes_its_pairs_as_pairs():
     def pair(a, b, value):
         return [(f"{a}+{b}", f"{a}{b}", "dino", s, value) for s in (a, b)]
 
-    rows = [*pair("a", "b", 0.3), *pair("b", "c", 0.5), *pair("d", "e", 0.9), *pair("f", "g", 0.4)]
+    rows = [*pair("a", "b", 0.3), *pair("b", "c", 0.5), *pair("d", "e", 0.6), *pair("f", "g", 0.4)]
     result = tables.table({"uno": frame(rows, kind="multi")}, SETTINGS).iloc[0]
     by = statistics.Dyads.of([("a", "b"), ("b", "c"), ("d", "e"), ("f", "g")])
-    assert (result["low"], result["high"]) == pytest.approx(statistics.estimate(table_of([0.3, 0.5, 0.9, 0.4]), by)[1:])
+    assert (result["low"], result["high"]) == pytest.approx(statistics.estimate(table_of([0.3, 0.5, 0.6, 0.4]), by)[1:])
+
+
+@pytest.mark.parametrize(
+    ("metric", "near", "low", "high"),
+    [("leakage", 0.0, 0.0, None), ("attribute_accuracy", 1.0, None, 1.0), ("dino", -1.0, -1.0, None),
+     ("clip_i", 1.0, None, 1.0), ("leaning", 0.0, None, None), ("clip_t", 0.0, None, None)],
+)  # fmt: skip
+def test_an_interval_ends_where_a_rate_or_a_cosine_must(metric, near, low, high):
+    """Nine pairs lie at an end and one a tenth away from it: mean ± t · s/√10 reaches past that end, by hand."""
+    inwards = -0.1 if near > 0 else 0.1
+    lines = [
+        (f"a{i}+b{i}", f"{i}", metric, "" if metric == "clip_t" else f"{x}{i}", near + inwards * (i == 0))
+        for i in range(10)
+        for x in ("a" if metric == "clip_t" else "ab")
+    ]
+    named = [(f"a{i}+b{i}", f"{i}", "other", f"{x}{i}", 0.0) for i in range(10) for x in "ab"]
+    result = tables.table({"uno": frame([*lines, *named], kind="multi")}, SETTINGS).iloc[0]
+    half = t.ppf(0.975, 9) * 0.1 / 10**0.5 / 10**0.5  # s² = 0.1² · (1/10) · (9/10) · (10/9)
+    assert result["value"] == pytest.approx(near + inwards / 10) and half > 0.02
+    assert result["low"] == pytest.approx(result["value"] - half if low is None else low)
+    assert result["high"] == pytest.approx(result["value"] + half if high is None else high)
+
+
+def test_a_difference_is_cut_nowhere():
+    def of(values):
+        return frame([(f"s{i}", f"{i}", "attribute_accuracy", f"s{i}", v) for i, v in enumerate(values)])
+
+    result = tables.table({"uno": of([0.0] * 6), "uno_dpo": of([1.0] * 5 + [0.5])}, SETTINGS)
+    line = result[result["row"] == "UNO+DPO"].iloc[0]
+    assert line["high"] == 1.0 and line["difference_high"] == pytest.approx(line["difference"] + 1 / 12, abs=0.05)
+    assert line["difference_low"] < line["difference"]
 
 
 def test_pairs_of_one_class_word_are_left_out_once_more():

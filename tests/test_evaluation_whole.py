@@ -162,6 +162,36 @@ def test_latex_is_a_booktabs_table_in_which_every_name_is_text(dreambench):
     assert len(rows) == 19 and {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {10}
     assert text.count("{") - text.count(r"\{") == text.count("}") - text.count(r"\}")
     assert not re.search(r"(?<!\\)[#]|(?<![\\{])_", body)
+    _balanced(text)
+
+
+def _balanced(text):
+    """What a compiler would stop at: environments that end in the order in which they begin, a row of another width,
+    letters that mean something to LaTeX (no compiler is at hand)."""
+    begun = []
+    for which, name in re.findall(r"\\(begin|end)\{(\w+)\}", text):
+        if which == "begin":
+            begun.append(name)
+        else:
+            assert begun.pop() == name
+    assert not begun
+    (columns,) = re.findall(r"\\begin\{tabular\}\{(\w+)\}", text)
+    first, last = text.index(r"\toprule"), text.index(r"\bottomrule")
+    for row in (line for line in text[first:last].splitlines() if line.rstrip().endswith(r"\\")):
+        spans = [int(count) for count in re.findall(r"\\multicolumn\{(\d+)\}", row)]
+        assert len(re.findall(r"(?<!\\)&", row)) + 1 + sum(spans) - len(spans) == len(columns), row
+    bare = (
+        re.sub(r"\\begin\{tabular\}\{\w+\}", "", text.split("\n", 1)[1]).replace("{%\n", "{\n").replace("%\n}", "\n}")
+    )
+    assert not re.search(r"(?<!\\)[%#$~^]", bare), re.search(r".{20}(?<!\\)[%#$~^].{20}", bare)
+    assert not re.search(r"(?<!\\)&", bare[: bare.index(r"\toprule")] + bare[bare.index(r"\bottomrule") :])
+
+
+@needs_data
+@pytest.mark.parametrize("kind", ["single", "multi"])
+def test_latex_of_both_tables_would_be_read(kind):
+    benchmark = Benchmark.load(SHARED / "data" / "dreambench", kind, "uno")
+    _balanced(whole.latex(made(benchmark, {"uno": scores(0.5, kind, LISTED)})))
 
 
 @needs_data

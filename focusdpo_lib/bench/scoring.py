@@ -104,15 +104,20 @@ def row(encoders: Encoders, images: list[Path], photos: list[list[Path]], prompt
 
 @torch.inference_mode()
 def plain(encoder: DinoEncoder | ClipEncoder, files: list[Path]) -> torch.Tensor:
-    """Unit vectors of files, batch by batch: open all, then compute."""
+    """Unit vectors of files, 64 at a time: open all, then compute."""
     found = []
-    for at in range(0, len(files), encoder.batch_size):
-        pixels = torch.stack([encoder.prepare(open_image(file)) for file in files[at : at + encoder.batch_size]])
+    for at in range(0, len(files), 64):
+        pixels = torch.stack([encoder.prepare(open_image(file)) for file in files[at : at + 64]])
         if encoder.kind == "dino":
             found.append(encoder.model(pixel_values=pixels).last_hidden_state[:, 0])
         else:
             found.append(encoder.model.encode_image(pixels))
     return F.normalize(torch.cat(found), dim=-1)
+
+
+@torch.inference_mode()
+def plain_texts(encoder: ClipEncoder, prompts: list[str]) -> torch.Tensor:
+    return F.normalize(encoder.model.encode_text(encoder.tokenizer(prompts)), dim=-1)
 
 
 def batched(encoders: Encoders, images: list[Path], photos: list[list[Path]], prompts: list[str]) -> torch.Tensor:
@@ -121,7 +126,7 @@ def batched(encoders: Encoders, images: list[Path], photos: list[list[Path]], pr
     for encoder in (encoders.dino, encoders.clip):
         every = plain(encoder, [*chain(*photos)]).reshape(len(photos), len(photos[0]), -1)
         vectors.append((plain(encoder, images), every))
-    return compared(*vectors, encoders.clip.texts(prompts), subjects_of(images, photos))
+    return compared(*vectors, plain_texts(encoders.clip, prompts), subjects_of(images, photos))
 
 
 def image_by_image(
@@ -131,7 +136,7 @@ def image_by_image(
     lines = []
     for i, (image, s) in enumerate(zip(images, subjects_of(images, photos), strict=True)):
         vectors = [(plain(e, [image]), [plain(e, photos[s])]) for e in (encoders.dino, encoders.clip)]
-        lines.append(compared(*vectors, encoders.clip.texts([prompts[i % len(prompts)]]), [0]))
+        lines.append(compared(*vectors, plain_texts(encoders.clip, [prompts[i % len(prompts)]]), [0]))
     return torch.cat(lines)
 
 
@@ -264,9 +269,10 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps(work(int(chosen.worker[0]), Path(chosen.worker[1]))))
         return
     out = chosen.out or default_folder()
+    memory = [measured_memory(count) for count in chosen.memory]  # first: a child's account begins with its parent's
     with TemporaryDirectory() as name:
         found = measure(write_models(Path(name)), Path(name), chosen.subjects, chosen.images, chosen.rounds)
-    found |= {"memory": [measured_memory(count) for count in chosen.memory], "threads": torch.get_num_threads()}
+    found |= {"memory": memory, "threads": torch.get_num_threads()}
     found["machine"] = provenance.facts()
     write_json(out / RESULTS, found)
     write_text(out / PAGE, page(found))

@@ -19,6 +19,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from focusdpo_lib.evaluation.benchmark import open_image
@@ -28,7 +29,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _OPEN_CLIP_PRECISION = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 Picture = Image.Image | str | Path
-PART = 16  # images of a forward on a CPU: what a layer makes of more leaves its caches (of 64, 6 to 14 % slower)
+ON_CPU = 16  # items of a forward at most: what a layer makes of more leaves the caches (of 64, 6 to 14 % slower)
 
 
 # Whose first token is the class token, on its patches alone: DINO v1 (and the toybox's), DINOv2, DINOv3.
@@ -143,7 +144,7 @@ class DinoEncoder:
         self.model = loaded.eval().to(device)
         self.id = identity(model, revision or getattr(config, "_commit_hash", None))
         self.id += f" eps {PUBLISHED_EPS:g}" if first else ""
-        self.device, self.batch_size = device, batch_size
+        self.device, self.batch_size = device, min(batch_size, ON_CPU) if device == "cpu" else batch_size
         # Published: 256 → 224, also for DINOv2. A model that is smaller (the toybox's) sees the whole image instead.
         self.resize, self.crop = (256, PUBLISHED) if size >= PUBLISHED else (size, size)
 
@@ -158,7 +159,7 @@ class DinoEncoder:
     @torch.inference_mode()
     def vectors(self, pixels: torch.Tensor) -> torch.Tensor:
         """N prepared images (N, 3, H, W) → vectors (N, d), not yet of unit length."""
-        return _in_parts(lambda part: self.model(pixel_values=part).last_hidden_state[:, 0], pixels, self.device)
+        return self.model(pixel_values=pixels.to(self.device)).last_hidden_state[:, 0].float().cpu()
 
     @torch.inference_mode()
     def patches(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -199,7 +200,8 @@ class ClipEncoder:
                 raise ValueError("its tokenizer has no vocabulary")
         except LOADING_ERRORS as error:
             raise EncoderError(cannot_load("clip", model, error)) from None
-        self.id, self.device, self.batch_size = f"{identity(model, revision)} {precision}", device, batch_size
+        self.id, self.device = f"{identity(model, revision)} {precision}", device
+        self.batch_size = min(batch_size, ON_CPU) if device == "cpu" else batch_size
         self.dtype = open_clip.get_input_dtype(precision) or torch.float32
         configuration = open_clip.transform.PreprocessCfg(**self.model.visual.preprocess_cfg)
         self.preprocess = open_clip.transform.image_transform_v2(configuration, is_train=False)
@@ -215,14 +217,25 @@ class ClipEncoder:
     @torch.inference_mode()
     def vectors(self, pixels: torch.Tensor) -> torch.Tensor:
         """N prepared images (N, 3, H, W) → vectors (N, d), not yet of unit length."""
-        return _in_parts(self.model.encode_image, pixels.to(self.dtype), self.device)
+        return self.model.encode_image(pixels.to(self.device, self.dtype)).float().cpu()
 
     @torch.inference_mode()
     def texts(self, prompts: Sequence[str]) -> torch.Tensor:
         """N prompts → unit vectors (N, d)."""
         prompts, size = list(prompts), self.batch_size
         batches = [self.tokenizer(prompts[i : i + size]).to(self.device) for i in range(0, len(prompts), size)]
-        return unit("clip", torch.cat([self.model.encode_text(batch).float().cpu() for batch in batches]), prompts)
+        return unit("clip", torch.cat([self._of_tokens(batch).float().cpu() for batch in batches]), prompts)
+
+    def _of_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """By OpenAI's design no token sees those behind it: what follows the last prompt's end need not be computed."""
+        model = self.model
+        causal = getattr(model, "attn_mask", None) is not None and getattr(model, "text_pool_type", None) == "argmax"
+        if not causal or model.output_dict or self.dtype != torch.float32:
+            return model.encode_text(tokens)
+        length = int(tokens.argmax(-1).max()) + 1
+        first = {"positional_embedding": model.positional_embedding[:length]}
+        first["attn_mask"] = model.attn_mask[:length, :length]
+        return functional_call(model, first, (None, tokens[:, :length]))[1]
 
     def cut(self, prompts: Sequence[str]) -> str | None:
         """How many prompts are longer than the model reads, in words; None where it reads them all."""
@@ -279,11 +292,6 @@ def _of_pictures(encoder: DinoEncoder | ClipEncoder, pictures: Sequence[Picture]
     batches = [pictures[i : i + size] for i in range(0, len(pictures), size)]
     prepared = ahead(batches, lambda picture: encoder.prepare(open_image(picture)), encoder.device)
     return unit(encoder.kind, torch.cat([encoder.vectors(torch.stack(pixels)) for pixels in prepared]), pictures)
-
-
-def _in_parts(forward: Callable, pixels: torch.Tensor, device: str) -> torch.Tensor:
-    parts = pixels.split(PART) if device == "cpu" else [pixels.to(device)]
-    return torch.cat([forward(part).float().cpu() for part in parts])
 
 
 def unit(kind: str, vectors: torch.Tensor, items: Sequence) -> torch.Tensor:

@@ -27,6 +27,8 @@ from focusdpo_lib.params import Evaluation
 
 LEVEL = 0.95
 RATES = ("leakage", "leaning")  # of which each score has a weight of its own
+COSINE, SHARE, ANYTHING = (-1.0, 1.0), (0.0, 1.0), (-np.inf, np.inf)
+RANGES = {"dino": COSINE, "clip_i": COSINE, "attribute_accuracy": SHARE, "leakage": SHARE}  # in which a mean must lie
 
 
 class Estimate(NamedTuple):
@@ -150,9 +152,13 @@ def uncertainty(
     return resamples(len(units), settings.bootstrap, settings.seed)
 
 
-def estimate(table: pd.DataFrame, by: "np.ndarray | Dyads") -> Estimate:
-    """The estimate of one row with its interval; `by` from `resamples` or `uncertainty`."""
-    return _interval([(table, 1)], by)
+def estimate(table: pd.DataFrame, by: "np.ndarray | Dyads", within: tuple[float, float] = ANYTHING) -> Estimate:
+    """The estimate of one row with its interval; `by` from `resamples` or `uncertainty`.
+
+    The interval ends where the truth must: `within` cuts off what no mean can be, and so no truth that it covered.
+    """
+    value, low, high = _interval([(table, 1)], by)
+    return Estimate(value, max(low, within[0]), min(high, within[1]))
 
 
 def difference(table: pd.DataFrame, base: pd.DataFrame, by: "np.ndarray | Dyads") -> Estimate:

@@ -64,8 +64,9 @@ def table(
             dpo = tables.get(f"{family(name)}_dpo") if name == f"{family(name)}_focusdpo" else None
             others = {"difference": base, "from_dpo": dpo}
             about = {"family": FAMILIES.get(family(name), ""), "seeds": len(runs[name])}
-            about |= _distinct(values, base, alike, subjects_of, settings)
-            lines.append(_line(name, column, values, others, subjects_of, settings) | about)
+            within = statistics.RANGES.get(metric, statistics.ANYTHING)
+            about |= _distinct(values, base, alike, subjects_of, settings, within)
+            lines.append(_line(name, column, values, others, subjects_of, settings, within) | about)
     result = pd.DataFrame(lines)
     result.attrs |= {"protocol": protocol, "sampling": sampling, "average": settings.average}
     result.attrs |= {"bootstrap": settings.bootstrap, "seed": settings.seed}
@@ -265,10 +266,11 @@ def _line(
     others: Mapping[str, pd.DataFrame | None],
     subjects: Mapping[str, list[str]],
     settings: Evaluation,
+    within: tuple[float, float],
 ) -> dict:
     """A row's value in a column, and its paired differences from `others`, by name."""
     by = statistics.uncertainty(values, subjects, settings)
-    line = {"row": ROWS.get(name, name), "column": column, **statistics.estimate(values, by)._asdict()}
+    line = {"row": ROWS.get(name, name), "column": column, **statistics.estimate(values, by, within)._asdict()}
     for of, other in others.items():
         paired = UNPAIRED if other is None else statistics.difference(values, other, by)
         line |= {of: paired.value, f"{of}_low": paired.low, f"{of}_high": paired.high}
@@ -281,12 +283,13 @@ def _distinct(
     alike: Collection[str],
     subjects: Mapping[str, list[str]],
     settings: Evaluation,
+    within: tuple[float, float],
 ) -> dict:
     """A row's value, and its difference from its base, over the units that are not `alike`; nothing where none is."""
     kept, of_base = (None if of is None else of[~of.index.isin(alike)] for of in (values, base))
     if len(kept) in (0, len(values)):
         return {}
-    line = _line("", "", kept, {"distinct_difference": of_base}, subjects, settings)
+    line = _line("", "", kept, {"distinct_difference": of_base}, subjects, settings, within)
     found = {"distinct": line["value"], "distinct_low": line["low"], "distinct_high": line["high"]}
     return found | {k: v for k, v in line.items() if k.startswith("distinct")} | {"distinct_units": len(kept)}
 
