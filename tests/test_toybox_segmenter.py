@@ -7,10 +7,13 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
+from focusdpo_lib import params
 from focusdpo_lib.toybox import segmenter, world
 from focusdpo_lib.toybox.batches import to_pixels
 
 torch.set_num_threads(1)
+
+SHIPPED = params.SHIPPED / "segmenter"
 
 
 def test_the_loss_is_the_cross_entropy_of_every_class_s_map():
@@ -84,6 +87,13 @@ def test_every_class_has_a_map_of_the_picture_s_size_and_in_its_place(side):
     assert segmenter.segment(model, images).shape == (2, 12, side, side)
 
 
+def test_pictures_are_segmented_alike_however_many_go_at_once():
+    model = UNet2DModel.from_pretrained(SHIPPED).eval()
+    images = segmenter.sample_shown("two", 5, 2, "test").images
+    together, alone = (segmenter.segment(model, images, batch) for batch in (5, 1))
+    assert (together != alone).mean() < 1e-4  # a logit near zero may fall either way
+
+
 def test_a_saved_segmenter_takes_half_the_room_and_loads_as_float32(tmp_path):
     model = segmenter.build_segmenter((8, 8, 16)).eval()
     segmenter.save_segmenter(model, tmp_path)
@@ -94,3 +104,17 @@ def test_a_saved_segmenter_takes_half_the_room_and_loads_as_float32(tmp_path):
     again = UNet2DModel.from_pretrained(tmp_path)
     for (name, value), other in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
         assert other.dtype == torch.float32 and torch.equal(other, value.half().float()), name
+
+
+def test_the_shipped_segmenter_finds_subjects_that_it_never_saw():
+    numbers = segmenter.measure_segmenter(UNet2DModel.from_pretrained(SHIPPED).eval(), count=60, seed=5)
+    for kind in segmenter.KINDS:
+        assert numbers[f"{kind}_iou"] >= 0.9 and numbers[f"{kind}_below_half"] <= 0.05, kind
+        assert numbers[f"{kind}_chance"] < numbers[f"{kind}_iou"]
+    assert numbers["two_union"] < 0.6
+
+
+def test_the_shipped_weights_are_small_and_name_no_folder():
+    sizes = [path.stat().st_size for path in SHIPPED.glob("*.safetensors")]
+    assert len(sizes) == 1 and sizes[0] <= 1.5e6
+    assert "/" not in (SHIPPED / "config.json").read_text(encoding="utf-8")
