@@ -5,6 +5,7 @@ a ViT whose LayerNorms have an eps of 1e-6) and OpenAI's CLIP as open_clip has i
 """
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from transformers import ViTConfig, ViTModel
 from focusdpo_lib import params
 from focusdpo_lib.evaluation import tables
 from focusdpo_lib.evaluation.benchmark import Benchmark
+from focusdpo_lib.evaluation.embeddings import kept
 from focusdpo_lib.evaluation.encoders import load_encoders
 from focusdpo_lib.evaluation.scores import score_images
 
@@ -271,3 +273,49 @@ def test_every_image_alike(models, drawn, theirs):
     found = ours(models, drawn, "single", average="image")["CLIP-I"]
     assert found == pytest.approx(np.mean(cosines), abs=EXACT)
     assert abs(found - ours(models, drawn, "single")["CLIP-I"]) > 1e-5
+
+
+# --- all of UNO's cases ---
+
+
+@pytest.mark.parametrize("kind", ["single", "multi"])
+def test_every_score_of_all_750_cases(models, theirs, tmp_path, kind):
+    """UNO's list as it is published, each case's image one of 24 photos that are turned: every DINO and CLIP-I of every
+    image and subject, every CLIP-T, and the table's means, each by plain loops over the list's own paths."""
+    listed = json.loads((DATA.parent / "uno" / f"dreambench_{kind}ip.json").read_text())
+    assert len(listed) == 750
+    photos, turned, images = sorted(DATA.glob("dataset/*/*.jpg")), [], tmp_path / "images"
+    images.mkdir()
+    for i, photo in enumerate(photos[3::7][:24]):
+        turned.append(tmp_path / f"turned{i}.png")
+        Image.open(photo).convert("RGB").resize((260, 240 + i)).rotate(11 * i).save(turned[-1])
+    shown = [turned[(5 * i + i // 24) % len(turned)] for i in range(len(listed))]
+    for i, image in enumerate(shown):
+        os.link(image, images / f"{i:04d}_0.png")
+    expected, by_unit = {}, {}
+    for i, (entry, image) in enumerate(zip(listed, shown, strict=True)):
+        names = [Path(path).parent.name for path in entry["image_paths"]]
+        line = []
+        for metric in ("dino", "clip"):
+            for name in names:
+                against = [photo for photo in photos if photo.parent.name == name]
+                value = sum(theirs.cosine(metric, image, photo) for photo in against) / len(against)
+                expected[f"{i:04d}", {"clip": "clip_i"}.get(metric, metric), name] = value
+                line.append(value)
+        expected[f"{i:04d}", "clip_t", ""] = max(theirs.cosine("clip", image, entry["prompt"], "text"), 0)
+        halves = np.mean(np.reshape(line, (2, -1)), axis=1)
+        by_unit.setdefault("+".join(names), []).append([*halves, expected[f"{i:04d}", "clip_t", ""]])
+    use = {"dino": str(models / "dino"), "clip": str(models / "clip"), "reader": None, "bootstrap": 50}
+    evaluation = params.section("evaluation", {**use, "protocol": "uno"})
+    encoders = kept(load_encoders(evaluation), tmp_path / "kept")  # by content: 24 images, and not 750
+    benchmark = Benchmark.load(DATA, kind, "uno")
+    scores = score_images(benchmark, images, encoders, evaluation, params.Generation())
+    found = {(row.case, row.metric, row.subject): row.value for row in scores.itertuples()}
+    assert found.keys() == expected.keys() and len(found) == 750 * {"single": 3, "multi": 5}[kind]
+    furthest = max(expected, key=lambda key: abs(found[key] - expected[key]))
+    assert abs(found[furthest] - expected[furthest]) < EXACT, furthest
+    assert np.std([value for key, value in expected.items() if key[1] == "dino"]) > 1e-3  # no two alike by the models
+    result = tables.table({"uno": scores}, evaluation).set_index("column")["value"]
+    means = np.mean([np.mean(rows, axis=0) for rows in by_unit.values()], axis=0)
+    assert len(by_unit) == 30
+    np.testing.assert_allclose(result.to_numpy()[:3], means, atol=EXACT, rtol=0)
