@@ -5,6 +5,7 @@ a ViT whose LayerNorms have an eps of 1e-6) and OpenAI's CLIP as open_clip has i
 """
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from transformers import ViTConfig, ViTModel
 from focusdpo_lib import params
 from focusdpo_lib.evaluation import tables
 from focusdpo_lib.evaluation.benchmark import Benchmark
-from focusdpo_lib.evaluation.encoders import load_encoders
+from focusdpo_lib.evaluation.embeddings import kept
+from focusdpo_lib.evaluation.encoders import ClipEncoder, DinoEncoder, load_encoders
 from focusdpo_lib.evaluation.scores import score_images
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "dreambench"
@@ -56,11 +58,17 @@ def models(tmp_path_factory):
 # --- the published side: transforms, features, cosines ---
 
 
-def timm_dino(folder):
+def timm_dino(folder, patch=16):
     """The same weights in timm's Vision Transformer, whose code and eps are the original DINO's."""
     theirs = ViTModel.from_pretrained(folder).state_dict()
     vit = timm.models.vision_transformer.VisionTransformer(
-        img_size=224, patch_size=16, embed_dim=WIDTH, depth=LAYERS, num_heads=HEADS, num_classes=0, global_pool="token"
+        img_size=224,
+        patch_size=patch,
+        embed_dim=WIDTH,
+        depth=LAYERS,
+        num_heads=HEADS,
+        num_classes=0,
+        global_pool="token",
     )
     names = {
         "cls_token": "embeddings.cls_token",
@@ -96,14 +104,15 @@ def _find(block, *parts):
     return next(value for key, value in block.items() if any(part in key for part in parts))
 
 
-def published(resize, mean, std):
+def published(resize, mean, std, crop=224):
     bicubic = transforms.InterpolationMode.BICUBIC
-    steps = [transforms.Resize(resize, bicubic), transforms.CenterCrop(224), transforms.ToTensor()]
+    steps = [transforms.Resize(resize, bicubic), transforms.CenterCrop(crop), transforms.ToTensor()]
     return transforms.Compose([*steps, transforms.Normalize(mean, std)])
 
 
 OF_DINO = published(256, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-OF_CLIP = published(224, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+OF_CLIP = published(224, *OPENAI)
 
 
 class Published:
@@ -271,3 +280,103 @@ def test_every_image_alike(models, drawn, theirs):
     found = ours(models, drawn, "single", average="image")["CLIP-I"]
     assert found == pytest.approx(np.mean(cosines), abs=EXACT)
     assert abs(found - ours(models, drawn, "single")["CLIP-I"]) > 1e-5
+
+
+# --- other encoders ---
+
+
+def unit_rows(made):
+    rows = torch.cat(made).double()
+    return (rows / rows.norm(dim=-1, keepdim=True)).numpy()
+
+
+PICTURES = ("backpack/00.jpg", "cat/01.jpg", "can/03.jpg")
+
+
+def test_dino_s_of_patches_of_8(tmp_path):
+    """ViT-S/8 is that of S/16 with 28 · 28 patches: the same transforms, the same eps."""
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": LAYERS}
+    torch.manual_seed(1)
+    ViTModel(ViTConfig(**sizes, num_attention_heads=HEADS, image_size=224, patch_size=8)).save_pretrained(tmp_path)
+    theirs, photos = timm_dino(tmp_path, 8), [DATA / "dataset" / name for name in PICTURES]
+    with torch.no_grad():
+        expected = unit_rows([theirs(OF_DINO(Image.open(photo).convert("RGB"))[None]) for photo in photos])
+    found = DinoEncoder(str(tmp_path)).images(photos)
+    np.testing.assert_allclose(found, expected, atol=EXACT, rtol=0)
+
+
+LARGE = {"layers": 3, "width": 96, "head_width": 24, "patch_size": 14}  # ViT-L/14's and H/14's, narrower and shallower
+LARGE_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 48, "heads": 3, "layers": 2}
+
+
+@pytest.mark.parametrize(
+    ("vision", "more"),
+    [
+        ({"image_size": 224}, {"quick_gelu": True}),  # OpenAI's ViT-L/14
+        ({"image_size": 336}, {"quick_gelu": True}),  # and that for 336 pixels
+        ({"image_size": 224, "ls_init_value": 0.1}, {}),  # LAION's have another activation; some scale their layers
+    ],
+)
+def test_a_larger_clip(tmp_path, vision, more):
+    """By open_clip's own network and OpenAI's transform at the model's own size, one picture and prompt at a time."""
+    torch.manual_seed(2)
+    config = {"embed_dim": 40, **more, "vision_cfg": LARGE | vision, "text_cfg": LARGE_TEXT}
+    network = open_clip.model.CLIP(**config).eval()
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    state = {key: value.contiguous() for key, value in network.state_dict().items()}
+    save_file(state, tmp_path / "open_clip_model.safetensors")
+    side, tokens = vision["image_size"], open_clip.get_tokenizer("ViT-L-14")
+    photos, prompts = [DATA / "dataset" / name for name in PICTURES], ["a dog", "a red backpack on the beach"]
+    transform = published(side, *OPENAI, crop=side)
+    with torch.no_grad():
+        expected = [network.encode_image(transform(Image.open(photo).convert("RGB"))[None]) for photo in photos]
+        said = [network.encode_text(tokens([prompt])) for prompt in prompts]
+    clip = ClipEncoder(str(tmp_path))
+    np.testing.assert_allclose(clip.images(photos), unit_rows(expected), atol=EXACT, rtol=0)
+    np.testing.assert_allclose(clip.texts(prompts), unit_rows(said), atol=EXACT, rtol=0)
+
+
+# --- all of UNO's cases ---
+
+
+@pytest.mark.parametrize("kind", ["single", "multi"])
+def test_every_score_of_all_750_cases(models, theirs, tmp_path, kind):
+    """UNO's list as it is published, each case's image one of 24 photos that are turned: every DINO and CLIP-I of every
+    image and subject, every CLIP-T, and the table's means, each by plain loops over the list's own paths."""
+    listed = json.loads((DATA.parent / "uno" / f"dreambench_{kind}ip.json").read_text())
+    assert len(listed) == 750
+    photos, turned, images = sorted(DATA.glob("dataset/*/*.jpg")), [], tmp_path / "images"
+    images.mkdir()
+    for i, photo in enumerate(photos[3::7][:24]):
+        turned.append(tmp_path / f"turned{i}.png")
+        Image.open(photo).convert("RGB").resize((260, 240 + i)).rotate(11 * i).save(turned[-1])
+    shown = [turned[(5 * i + i // 24) % len(turned)] for i in range(len(listed))]
+    for i, image in enumerate(shown):
+        os.link(image, images / f"{i:04d}_0.png")
+    expected, by_unit = {}, {}
+    for i, (entry, image) in enumerate(zip(listed, shown, strict=True)):
+        names = [Path(path).parent.name for path in entry["image_paths"]]
+        line = []
+        for metric in ("dino", "clip"):
+            for name in names:
+                against = [photo for photo in photos if photo.parent.name == name]
+                value = sum(theirs.cosine(metric, image, photo) for photo in against) / len(against)
+                expected[f"{i:04d}", {"clip": "clip_i"}.get(metric, metric), name] = value
+                line.append(value)
+        expected[f"{i:04d}", "clip_t", ""] = max(theirs.cosine("clip", image, entry["prompt"], "text"), 0)
+        halves = np.mean(np.reshape(line, (2, -1)), axis=1)
+        by_unit.setdefault("+".join(names), []).append([*halves, expected[f"{i:04d}", "clip_t", ""]])
+    use = {"dino": str(models / "dino"), "clip": str(models / "clip"), "reader": None, "bootstrap": 50}
+    evaluation = params.section("evaluation", {**use, "protocol": "uno"})
+    encoders = kept(load_encoders(evaluation), tmp_path / "kept")  # by content: 24 images, and not 750
+    benchmark = Benchmark.load(DATA, kind, "uno")
+    scores = score_images(benchmark, images, encoders, evaluation, params.Generation())
+    found = {(row.case, row.metric, row.subject): row.value for row in scores.itertuples()}
+    assert found.keys() == expected.keys() and len(found) == 750 * {"single": 3, "multi": 5}[kind]
+    furthest = max(expected, key=lambda key: abs(found[key] - expected[key]))
+    assert abs(found[furthest] - expected[furthest]) < EXACT, furthest
+    assert np.std([value for key, value in expected.items() if key[1] == "dino"]) > 1e-3  # no two alike by the models
+    result = tables.table({"uno": scores}, evaluation).set_index("column")["value"]
+    means = np.mean([np.mean(rows, axis=0) for rows in by_unit.values()], axis=0)
+    assert len(by_unit) == 30
+    np.testing.assert_allclose(result.to_numpy()[:3], means, atol=EXACT, rtol=0)
