@@ -1,5 +1,6 @@
 """How long a reproduction takes: sums by hand, the probe on the shipped models, what is said before anything runs."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -51,13 +52,20 @@ def test_what_neither_trains_nor_samples_is_as_much_slower_as_importing():
     assert estimate.families({"run": "main"}) == {}
 
 
-def test_the_probe_measures_this_machine():
-    pace = estimate.probe({"flux_uno": "float32"})
+def test_the_probe_begins_a_process_as_kernels_do_and_says_what_that_took():
+    pace = estimate.probe({})
+    assert pace.start > 0 and pace.device == provenance.device()["device"]
+    assert pace.pair == pace.evaluation == {}
+
+
+def test_what_the_probe_measures_is_a_step_and_an_evaluation(monkeypatch):
+    monkeypatch.setattr(estimate, "PAIRS", 2)
+    monkeypatch.setattr(estimate, "IMAGES", 2)
+    pace = estimate._measure({"flux_uno": "float32"}, time.time())
     assert pace.pair.keys() == pace.evaluation.keys() == {"flux_uno"}
     assert 0 < pace.evaluation["flux_uno"] < pace.pair["flux_uno"], (
         "a step has six forwards and more, an evaluation one"
     )
-    assert pace.start > 0 and pace.device == provenance.device()["device"]
 
 
 def test_a_plan_is_estimated_for_this_machine_and_says_so(monkeypatch, tmp_path):

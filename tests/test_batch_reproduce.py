@@ -34,9 +34,17 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory, models):
-    """The smoke profile on tiny models, with three of its eight trainings."""
+    """The smoke profile on tiny models, with three of its eight trainings, in the notebooks' own processes.
+
+    A training in child processes is started by a notebook in test_paper_profile.
+    """
     folder = tmp_path_factory.mktemp("params") / "smoke"
-    return write_tiny_profile(SMOKE, folder, models, (*TRAINED, "04_table1", "05_table2", "reproduce"))
+    write_tiny_profile(SMOKE, folder, models, (*TRAINED, "04_table1", "05_table2", "reproduce"))
+    file = folder / "03_uno_focusdpo.yaml"
+    values = yaml.safe_load(file.read_text())
+    del values["training"]["processes"]
+    file.write_text(yaml.safe_dump(values))
+    return folder
 
 
 def run(profile, results, **options):

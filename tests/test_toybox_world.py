@@ -147,7 +147,7 @@ def test_no_identity_of_one_split_renders_to_the_pixels_of_another_split_s():
     rng, drawn = np.random.default_rng(2), {}
     place = (Placement(0.5, 0.5, 0.34),)
     for split in ("train", "validation", "test"):
-        identities = {world.sample_identity(rng, split) for _ in range(300)}
+        identities = {world.sample_identity(rng, split) for _ in range(150)}
         # With every angle a pattern is given: of dots and plaid some look the same.
         turned = {replace(i, angle=angle) for i in identities for angle in (i.angle, (i.angle + 90) % 180)}
         for identity in [i for i in turned if i.split == split]:
