@@ -86,7 +86,7 @@ format: $(ready) ## Correct what `make lint` can correct by itself
 strip: $(ready) ## Clear the outputs of the notebooks, as they are committed
 	$(python) -m nbstripout --drop-empty-cells notebooks/*.ipynb
 
-bench: $(ready) ## What a step costs, a start, and the engine ray (25 minutes; full size on a GPU)
+bench: $(ready) ## What a step costs, a start, scoring, and the engine ray (30 minutes; full size on a GPU)
 	$(python) -m focusdpo_lib.bench
 	$(python) -m focusdpo_lib.bench.starts
 	$(python) -m focusdpo_lib.bench.scoring
