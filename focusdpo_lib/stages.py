@@ -544,9 +544,8 @@ def score(
                     with workers.Bar("vectors", "vector") as bar:
                         work.by(encoders, workers.WHOLE, bar)
                 scores = score_images(benchmark, Path(images) / IMAGES, encoders, evaluation, generation)
-                if isinstance(generation, params.Generation) and "photos" in (made := runs.settings(images)):
-                    of = params.section("photos", made["photos"], str(Path(images) / runs.PARAMS))
-                    scores.attrs["protocol"]["generation"]["photos"] = dip_photos.said(of)
+                if (shown := _photos_of(images)) is not None and scores.attrs["protocol"]["generation"]:
+                    scores.attrs["protocol"]["generation"]["photos"] = dip_photos.said(shown)
                 with atomic(job.folder / SCORES) as partial:
                     scores.to_parquet(partial)
                 own = isinstance(generation, params.Generation)
@@ -555,6 +554,12 @@ def score(
                 case_list.write(job.folder, case_list.table(benchmark, *how))
                 shutil.rmtree(job.folder / EMBEDDINGS, ignore_errors=True)
     return pd.read_parquet(job.folder / SCORES)
+
+
+def _photos_of(images: Path) -> params.Photos | None:
+    """How the photos were prepared that a generation run was shown; None where they were not, or it is no such run."""
+    made = runs.settings(images) if runs.is_run(images) else {}
+    return params.section("photos", made["photos"], str(Path(images) / runs.PARAMS)) if "photos" in made else None
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,20 @@ def test_images_in_the_forms_of_others_are_read_back_as_the_same_cases(run, fold
             assert path.read_bytes() == (run / "images" / f"{case.id}_{index}.png").read_bytes()
 
 
+def test_a_part_of_a_list_is_numbered_as_the_list_that_goes_with_it(run, folder, tmp_path):  # noqa: F811
+    """UNO's script counts the entries of the list that it is given; ours keep their numbers in the whole one."""
+    few = Benchmark.load(folder, "single").first_prompts(1)
+    assert [case.id for case in few.cases] == ["0000", "0002"]
+    case_list.write(run, case_list.table(few, 2))
+    for name in ("0000_1.png", "0002_1.png"):
+        grey(7).save(run / "images" / name)
+    assert case_list.export(run, tmp_path / "uno", "uno") == 4
+    listed = json.loads((tmp_path / "uno" / "cases.json").read_text())
+    assert [entry["prompt"] for entry in listed] == [case.prompt for case in few.cases]  # a case once
+    assert held(tmp_path / "uno") == ["0_0.png", "0_1.png", "1_0.png", "1_1.png", "cases.json"]
+    assert (tmp_path / "uno" / "1_0.png").read_bytes() == (run / "images" / "0002_0.png").read_bytes()
+
+
 def test_what_has_no_place_in_a_form_is_refused(run, folder, tmp_path):  # noqa: F811
     case_list.write(run, case_list.table(Benchmark.load(folder, "multi")))
     with pytest.raises(BenchmarkError, match="one image a prompt, of one subject: export these as uno"):

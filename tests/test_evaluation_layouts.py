@@ -192,6 +192,26 @@ def test_a_folder_made_for_another_list_is_refused_case_by_case(tmp_path, folder
     assert "3 made for another list of cases" in problem(multi, "uno", single)
 
 
+def test_two_references_in_the_other_order_are_another_case(tmp_path, folder):
+    """Which subject a prompt names first, and whose place in the picture is whose, would be exchanged."""
+    cases = listed(folder, "multi")
+    turned = [cases[0] | {"image_paths": cases[0]["image_paths"][::-1]}, *cases[1:]]
+    said = problem(as_uno(tmp_path / "uno", turned), "uno", Benchmark.load(folder, "multi"))
+    assert f"0_0.json says dog/00.jpg and {MUG}/00.jpg where the list has {MUG}/00.jpg and dog/00.jpg" in said
+
+
+def test_the_size_is_that_of_most_and_not_of_the_largest(tmp_path, single):
+    images = as_cases(tmp_path / "case", 6)
+    picture(0, (64, 64)).save(images / "0000_0.png")
+    assert "1 not of 32×32 pixels, as most are (0000_0.png is 64×64)" in problem(images, "case", single)
+
+
+def test_what_one_image_alone_says_of_its_sampling_is_another_way(tmp_path, folder, single):
+    images = as_uno(tmp_path / "uno", listed(folder, "single"))
+    (images / "2_0.json").write_text(json.dumps(json.loads((images / "2_0.json").read_text()) | {"ref_size": 320}))
+    assert "1 sampled in another way than most (2_0.json says ref_size = 320)" in problem(images, "uno", single)
+
+
 def test_images_of_two_runs_in_one_folder_are_refused(tmp_path, folder, single):
     cases = listed(folder, "single")
     images = as_uno(tmp_path / "uno", cases)

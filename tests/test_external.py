@@ -56,6 +56,13 @@ def test_a_kept_row_says_where_it_comes_from_and_how_it_was_sampled(tmp_path, fo
     assert json.loads((kept / "provenance.json").read_text())["folder"] == str(images)
 
 
+def test_what_the_settings_say_goes_over_what_the_folder_does(tmp_path, folder, single):
+    images = as_uno(tmp_path / "uno", listed(folder, "single"))
+    kept = external.keep(tmp_path, single, row(images, sampling={"guidance": 3.5}))
+    how = external.sampled(kept).model_dump()
+    assert (how["guidance"], how["num_steps"]) == (3.5, 25)
+
+
 def test_what_nobody_knows_is_said_to_be_unknown(tmp_path, single):
     kept = external.keep(tmp_path, single, row(as_cases(tmp_path / "case", 6), "case"))
     assert external.source(kept) == "layout case, repository unknown, commit unknown, command unknown"
