@@ -169,14 +169,20 @@ def drawn(tmp_path_factory):
     return folder, found
 
 
+KNOWN: dict[tuple, dict] = {}  # several tests compare with the same table
+
+
 def ours(models, drawn, kind, **settings):
     """{column: value} of our table."""
+    if (key := (kind, *sorted(settings.items()))) in KNOWN:
+        return KNOWN[key]
     use = {"dino": str(models / "dino"), "clip": str(models / "clip"), "reader": None, "bootstrap": 50} | settings
     evaluation = params.section("evaluation", use)
     encoders = load_encoders(evaluation)
     scores = score_images(few(kind), drawn[0] / kind, encoders, evaluation, params.Generation())
     result = tables.table({"uno": scores}, evaluation)
-    return result.set_index("column")["value"].to_dict()
+    KNOWN[key] = result.set_index("column")["value"].to_dict()
+    return KNOWN[key]
 
 
 # --- the published loops ---

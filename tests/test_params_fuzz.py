@@ -1,16 +1,19 @@
 """Mutated params files are read or refused in a sentence, never with a traceback. The seed is fixed."""
 
 import random
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-from focusdpo_lib.batch import Job, resolved, search
+from focusdpo_lib.batch import Job, notebooks, resolved, search
 from focusdpo_lib.params import ParameterError
 
 ROOT = Path(__file__).parents[1]
 BOOKS = {path.stem[:2]: path for path in (ROOT / "notebooks").glob("0*.ipynb")}
 FILES = sorted(p for p in (ROOT / "params").glob("*/*.yaml") if p.stem[:2] in BOOKS or p.stem.startswith("search"))
+KNOWN = cache(notebooks.parameters)
 VALUES = (
     *("null", "~", "[]", "{}", "''", "-1", "0", "1e400", ".nan", "-.inf", "true", "0x1F", "0100", "1:30", "1_000"),
     *(
@@ -76,6 +79,11 @@ def read(path: Path) -> None:
         search.read(path)
     else:
         resolved(Job(BOOKS[path.stem[:2]], path.with_suffix(""), path))
+
+
+@pytest.fixture(autouse=True)
+def books_are_read_once(monkeypatch):
+    monkeypatch.setattr(notebooks, "parameters", lambda path: deepcopy(KNOWN(path)))
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
