@@ -21,6 +21,8 @@ FLOORS = [
     ("dip",),
     ("training",),
     ("plots", "grade"),
+    ("stage_inputs",),
+    ("dip_stages",),
     ("stages", "bench"),
     ("external",),
     ("comparison",),
