@@ -1,6 +1,7 @@
 """A benchmark's photos before a model sees them; and what is shown as it is leaves no trace in a run."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from test_evaluation_scores import ENCODERS, folder  # noqa: F401 (a fixture)
 from tiny_perception import write_tiny_detector, write_tiny_sam2
 
 from focusdpo_lib import comparison, params, runs, stages
+from focusdpo_lib.batch import reproduce
 from focusdpo_lib.dip import photos
 from focusdpo_lib.evaluation import tables
 from focusdpo_lib.evaluation.benchmark import Benchmark, BenchmarkError
@@ -173,3 +175,11 @@ def test_a_row_s_photos_are_prepared_once_and_its_table_says_how(benchmark, tmp_
 )
 def test_the_words_of_a_caption(cut, words):
     assert photos.said(of(cut=cut)).startswith(words)
+
+
+def test_a_notebook_run_is_not_complete_once_the_masks_of_its_photos_have_changed():
+    root, over = Path(__file__).parents[1], {"families.ipap.photos.segmentation.masks": "files"}
+    book, file = root / "notebooks" / "04_table1_single_subject.ipynb", root / "params" / "smoke" / "04_table1.yaml"
+    over |= {"families.ipap.photos.cut": "cutout", "families.ipap.photos.masks": "../masks"}
+    found = reproduce._inputs(book, file, over)
+    assert found["masks of ipap"] == root / "notebooks" / ".." / "masks" and "masks of uno" not in found

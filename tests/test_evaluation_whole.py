@@ -95,9 +95,18 @@ def test_a_difference_stands_only_where_all_is_as_published(dreambench):
         ({"protocol": "custom"}, "protocol or encoders are not the published ones"),
         ({"encoders": {"dino": "facebook/dinov2-small", "clip": ENCODERS["clip"]}}, "protocol or encoders are not"),
         ({"generation": {"references": "all"}}, "the references that went in are 'all', not 'listed'"),
+        ({"generation": LISTED | {"photos": "cut to their boxes on white (by X)"}}, "the references were cut to their"),
     ):
         of = made(dreambench, {"uno": scores(0.75, **{"generation": LISTED} | change)})
         assert of.frame["DINO difference"].isna().all() and any(f"for any row: {why}" in note for note in of.notes)
+
+
+@needs_data
+@pytest.mark.parametrize(("how", "shown"), [("cut to their boxes on white (by X)", True), ("cut out, on white", False)])
+def test_ipap_s_references_may_be_cut_to_their_boxes_as_patchdpo_s_were(dreambench, how, shown):
+    of = made(dreambench, {"ipap": scores(0.7, generation={"references": "all", "photos": how})})
+    assert pd.notna(of.frame.loc["IPAP", "DINO difference"]) == shown
+    assert any("the references were cut out, on white" in note for note in of.notes) != shown
 
 
 @needs_data

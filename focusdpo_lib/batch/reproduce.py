@@ -169,6 +169,9 @@ def _inputs(book: Path, file: Path, over: Mapping[str, Any]) -> dict[str, Path |
         kinds = {"dino": evaluation.dino, "clip": evaluation.clip, "reader": evaluation.reader}
         named |= {kind: params.shipped(kind, model) for kind, model in kinds.items() if model}
     found = {n: book.parent / model if str(model).startswith((".", "/")) else model for n, model in named.items()}
+    for name, rows in typed["families"].given.items() if "families" in typed else []:
+        if rows.photos.masks is not None:
+            found[f"masks of {name}"] = book.parent / rows.photos.masks
     for given in typed["external"].rows if "external" in typed else []:
         if (images := book.parent / given.folder).is_dir():  # a kept row outlives its folder
             found[f"images of {given.row}"] = images

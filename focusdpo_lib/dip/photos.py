@@ -16,6 +16,7 @@ from focusdpo_lib.dip.chain import Unfit
 from focusdpo_lib.dip.detectors import load_detector
 from focusdpo_lib.dip.mask_rules import clean, from_background, require_area
 from focusdpo_lib.evaluation.benchmark import SHOWN, Benchmark, BenchmarkError, open_image
+from focusdpo_lib.evaluation.captions import BOXED
 from focusdpo_lib.evaluation.detector import Detector
 from focusdpo_lib.runs import atomic
 
@@ -26,7 +27,7 @@ def said(settings: params.Photos) -> str:
     """How photos were prepared, for a caption."""
     by = settings.segmentation
     if settings.cut == "box":
-        return f"cut to their boxes on white (by {by.detector})"
+        return f"{BOXED} (by {by.detector})"
     source = {"files": "files", "background": "colour"}
     return f"cut out, on white (by {source.get(by.masks, by.masks)})"
 

@@ -9,6 +9,7 @@ from focusdpo_lib.evaluation.rows import FAMILIES, ROWS
 
 UNKNOWN = "unknown"  # a setting of sampling, or all of them, of images that came from elsewhere
 PROTOCOL = "evaluation.protocol"
+BOXED = "cut to their boxes on white"  # of photos before a model saw them
 LEANING = "leaning to the other"  # a column; see scores
 
 OF_LEANING = " Of leaning, 0 is what a subject's own photos have and 1 what the other's have."

@@ -70,6 +70,9 @@ def reasons(result: pd.DataFrame, benchmark: Benchmark, label: str) -> list[str]
         went_in = captions.UNKNOWN if isinstance(how, str) else how.get("references", captions.UNKNOWN)
         if went_in != wanted:
             found.append(f"the references that went in are '{went_in}', not '{wanted}'")
+        prepared = "" if isinstance(how, str) else str(how.get("photos", ""))
+        if prepared and not (wanted == "all" and prepared.startswith(captions.BOXED)):  # as PatchDPO's were
+            found.append(f"the references were {prepared}")
     return found
 
 
