@@ -402,18 +402,18 @@ class Captioning(Section):
         return Captioning(**self.model_dump(include=set(names)))
 
 
-MaskSource = Literal["sam2", "sam3", "files", "background"]
+MaskSource = Literal["sam2", "sam3", "files", "background", "toybox"]
 
 
 class Segmentation(Section):
     """DIP's masks; the rules are those of `dip/segmentation.py`."""
 
     masks: MaskSource = "sam2"  # of the winner: boxes by Grounding DINO and masks by SAM 2, SAM 3, the source's own
-    # files, or one subject on a plain background by colour
+    # files, one subject on a plain background by colour, or the toybox's trained segmenter
     reference_masks: MaskSource = "background"  # of the references, which lie on white
     detector: Place = "IDEA-Research/grounding-dino-base"  # with sam2: a folder or hub id
     detector_revision: str | None = None
-    segmenter: Place | None = None  # none: facebook/sam2.1-hiera-large, or facebook/sam3 (gated)
+    segmenter: Place | None = None  # none: facebook/sam2.1-hiera-large, facebook/sam3 (gated) or toybox
     segmenter_revision: str | None = None
     batch_size: int = Field(8, gt=0)  # pictures a model takes at once
     threshold: Share = 0.35  # score of a detection that counts
@@ -650,7 +650,7 @@ SECTIONS: dict[str, type[Section]] = {
 def shipped(kind: str, model: str) -> str:
     """The folder of the model that comes with the package where a setting says "toybox"; any other model as it is.
 
-    `kind`: a backbone's family, or "dino", "clip", "reader".
+    `kind`: a backbone's family, or "dino", "clip", "reader", "segmenter".
     """
     return str(SHIPPED / kind) if model == "toybox" else model
 

@@ -91,7 +91,7 @@ def _pinned(name: str, settings: Any, results: Path) -> Any:
         return backbones.pinned(settings, results)
     if name == "segmentation":
         used = {settings.masks, settings.reference_masks} & detectors.DEFAULTS.keys()
-        segmenters = {settings.segmenter or detectors.DEFAULTS[source] for source in used}
+        segmenters = {settings.segmenter or detectors.DEFAULTS[source] for source in used} - {"toybox"}
         sources["detector_revision"] = settings.detector if "sam2" in used else None
         sources["segmenter_revision"] = segmenters.pop() if len(segmenters) == 1 else None
     if name == "captioning":
@@ -114,6 +114,8 @@ def _inputs(used: Mapping[str, params.Section]) -> dict[str, Path | str]:
         for key in MODELS:
             if (model := getattr(settings, key, None)) is not None and Path(model).is_dir():
                 found[f"{name}.{key}"] = Path(model)
+    if (of := used.get(segmentation.NAME)) and "toybox" in (of.masks, of.reference_masks):
+        found["segmentation.segmenter"] = _content(params.shipped("segmenter", of.segmenter or "toybox"))
     by = used[scoring.NAME]
     found |= {name: _content(params.shipped(name, getattr(by, name))) for name in ("dino", "clip")}
     if "synthesis" in used:

@@ -29,6 +29,7 @@ LICENCES = {
     "Qwen/Qwen3-VL-8B-Instruct": "Apache-2.0",
     "gpt-4o": "OpenAI's terms of use",
     "focusdpo_lib.dip.toybox": "Apache-2.0",
+    "toybox": "Apache-2.0",
 }
 UNKNOWN = "not known to the kit: look it up"
 

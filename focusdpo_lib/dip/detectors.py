@@ -1,4 +1,4 @@
-"""What finds subjects by their phrases: Grounding DINO with SAM 2, or SAM 3, by transformers' own classes."""
+"""What finds subjects by their phrases: Grounding DINO with SAM 2, SAM 3, or the toybox's segmenter."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,16 +7,18 @@ import torch
 
 from focusdpo_lib import params
 from focusdpo_lib.dip.chain import Unfit
-from focusdpo_lib.dip.models import batches, facts, load_model
+from focusdpo_lib.dip.models import StageError, batches, facts, load_model, load_network
+from focusdpo_lib.toybox.segmenter import CONNECTED, SIDES, segment
+from focusdpo_lib.toybox.world import CLASSES
 
 # The boxes of the phrases, from boxes (N, 4) and scores (N, phrases); raises Unfit.
 Choice = Callable[[np.ndarray, np.ndarray], list[int]]
-DEFAULTS = {"sam2": "facebook/sam2.1-hiera-large", "sam3": "facebook/sam3"}
+DEFAULTS = {"sam2": "facebook/sam2.1-hiera-large", "sam3": "facebook/sam3", "toybox": "toybox"}
 
 
-def load_detector(settings: params.Segmentation, source: str) -> "GroundedSam2 | Sam3":
-    """The detector of a mask source, "sam2" or "sam3". Raises StageError where a model of it cannot be loaded."""
-    return {"sam2": GroundedSam2, "sam3": Sam3}[source](settings)
+def load_detector(settings: params.Segmentation, source: str) -> "GroundedSam2 | Sam3 | ToyboxSegmenter":
+    """The detector of a mask source, one of DEFAULTS. Raises StageError where a model of it cannot be loaded."""
+    return {"sam2": GroundedSam2, "sam3": Sam3, "toybox": ToyboxSegmenter}[source](settings)
 
 
 class GroundedSam2:
@@ -139,3 +141,37 @@ class Sam3:
         outputs = self.network(**inputs)
         found = self.processor.post_process_instance_segmentation(outputs, threshold=self.threshold, target_sizes=sizes)
         return [{name: value.float().cpu().numpy() for name, value in each.items()} for each in found]
+
+
+class ToyboxSegmenter:
+    """The segmenter of the toybox's recipe, which knows the toybox's class words alone."""
+
+    def __init__(self, settings: params.Segmentation):
+        from diffusers import UNet2DModel
+
+        source, setting = settings.segmenter or DEFAULTS["toybox"], "segmentation.segmenter"
+        self.network = load_network(UNet2DModel, params.shipped("segmenter", source), None, setting)
+        if not CONNECTED.items() <= dict(self.network.config).items():
+            raise StageError(f"{source} is no segmenter of the toybox: correct {setting}")
+        self.models = {"segmenter": facts(source, None)}
+        self.batch_size = settings.batch_size
+
+    def segment(
+        self, images: Sequence[np.ndarray], phrases: Sequence[Sequence[str]], choose: Choice
+    ) -> list[np.ndarray | Unfit]:
+        """As `GroundedSam2.segment`; a class has one mask a picture, so there is nothing to choose."""
+        found: list[np.ndarray | Unfit] = [self._unfit(*each) for each in zip(images, phrases, strict=True)]
+        fit = [i for i, reason in enumerate(found) if reason is None]
+        for group in batches([images[i].shape for i in fit], self.batch_size):
+            some = [fit[at] for at in group]
+            for i, maps in zip(some, segment(self.network, np.stack([images[i] for i in some])), strict=True):
+                found[i] = maps[[CLASSES.index(word.lower()) for word in phrases[i]]]
+        return found
+
+    @staticmethod
+    def _unfit(image: np.ndarray, words: Sequence[str]) -> Unfit | None:
+        if any(word.lower() not in CLASSES for word in words):
+            return Unfit("the toybox's segmenter does not know the word")
+        if any(side % SIDES for side in image.shape[:2]):
+            return Unfit(f"the toybox's segmenter takes sides of multiples of {SIDES} pixels")
+        return None

@@ -23,12 +23,18 @@ def load_model(kind: type, processor: type, source: str, revision: str | None, s
     `setting` is what names the source, as "segmentation.detector"; `words` are for the network's from_pretrained.
     Raises StageError where the model is missing, incomplete, gated or out of reach.
     """
+    with loading(source, setting):
+        network = load_network(kind, source, revision, setting, **words)
+        return network, processor.from_pretrained(source, revision=revision)
+
+
+def load_network(kind: type, source: str, revision: str | None, setting: str, **words) -> Any:
+    """The network of `load_model` alone."""
     from focusdpo_lib.backbones.parts import load_whole  # imports diffusers
 
     with loading(source, setting):
         words |= {"revision": revision, "use_safetensors": True}
-        network = load_whole(kind, source, "it", **words).eval().requires_grad_(False)
-        return network.to(best_device()), processor.from_pretrained(source, revision=revision)
+        return load_whole(kind, source, "it", **words).eval().requires_grad_(False).to(best_device())
 
 
 class loading:

@@ -1,8 +1,9 @@
 """Segmentation: the mask of every subject, in the winner and in its reference (R20 needs both).
 
 Where masks come from is a setting of each: `sam2` (boxes of the subjects' words by Grounding DINO, masks by SAM 2),
-`sam3` (which takes the words itself), `files` (the source's own, such as a photographer's), or `background` (one
-subject on a plain ground, by colour: references lie on white). Rules, each with its threshold in the settings:
+`sam3` (which takes the words itself), `files` (the source's own, such as a photographer's), `background` (one
+subject on a plain ground, by colour: references lie on white), or `toybox` (the segmenter of its recipe, for what the
+toybox draws). Rules, each with its threshold in the settings:
 
 - Which detection is whose, and what if there are none or several: `mask_rules.choose`. Two subjects of the same words
   cannot be told apart by them; in files they can.
@@ -22,7 +23,7 @@ import numpy as np
 
 from focusdpo_lib import params
 from focusdpo_lib.dip.chain import Draft, Maker, Unfit
-from focusdpo_lib.dip.detectors import load_detector
+from focusdpo_lib.dip.detectors import DEFAULTS, load_detector
 from focusdpo_lib.dip.mask_rules import apart, choose, clean, from_background, require_area
 
 NAME = "segmentation"
@@ -38,7 +39,7 @@ class Segmentation:
     name: str = NAME
 
     def open(self) -> Maker:
-        sources = {self.settings.masks, self.settings.reference_masks} & {"sam2", "sam3"}
+        sources = {self.settings.masks, self.settings.reference_masks} & set(DEFAULTS)
         detectors = {source: load_detector(self.settings, source) for source in sorted(sources)}
         return partial(make, self.settings, detectors)
 

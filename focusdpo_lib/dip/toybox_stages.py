@@ -1,12 +1,15 @@
 """The toybox as stages of the chain: each is exact, for the world knows what others must find.
 
 Every stage draws the pair's chances anew from its settings, split and index, as `toybox.make_pair` does in one go.
+Masks may be a model's instead (`chain.segmentation: models`): the loser then differs within what was found.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass, replace
 
-from focusdpo_lib.dip.chain import Draft, Maker, one_by_one
+import numpy as np
+
+from focusdpo_lib.dip.chain import Draft, Maker, Unfit, one_by_one
 from focusdpo_lib.dip.dataset import SPLITS
 from focusdpo_lib.dip.toybox import Drawn, describe, disruption, draw, identifier, provenance
 from focusdpo_lib.params import Dip
@@ -53,8 +56,11 @@ def captioning(draft: Draft, drawn: Drawn) -> Draft:
 
 
 def disrupted(draft: Draft, drawn: Drawn) -> Draft:
-    """The loser: the scene once more, with the disturbed identities in place."""
-    lose, _ = render(with_identities(drawn.scene, drawn.disturbed))
+    """The loser: the scene once more, with the disturbed identities in place, as far as a mask was found of them."""
+    shown, _ = render(with_identities(drawn.scene, drawn.disturbed))
+    lose = np.where(np.any(draft.masks, axis=0)[..., None], shown, draft.win)
+    if np.array_equal(lose, draft.win):
+        raise Unfit("the loser shows what the winner shows")
     captions = tuple(map(describe, drawn.disturbed))
     return replace(draft, lose=lose, disrupted_captions=captions, disruption=disruption(drawn))
 
