@@ -50,6 +50,23 @@ def test_leaning_by_hand(folder, tmp_path):  # noqa: F811
     assert "leaning" not in set(whole["metric"])
 
 
+def test_of_photos_that_look_alike_nothing_is_said_and_a_single_one_is_like_itself(folder, tmp_path):  # noqa: F811
+    use, encoders = settings(region="detected"), replace(ENCODERS, finder=Finder())
+    images, (cat, mug) = pair(tmp_path, 100, 80), ((0, 60, 120), (90,))
+    (folder / "dataset" / "mug" / "01.png").unlink()
+    scores = score_images(Benchmark.load(folder, "multi"), images, encoders, use, ONE)
+    across = np.mean(np.cos(np.deg2rad(np.subtract.outer(cat, mug))))
+    alike = np.mean(np.cos(np.deg2rad([60, 120, 60])))  # of the cat's photos with each other
+    leans = np.mean(np.cos(np.deg2rad(np.subtract(80, cat)))) - np.cos(np.deg2rad(10))
+    low, high = across - 1, alike - across
+    assert values(scores, "leaning", subject="mug") == pytest.approx([(leans - low) / (high - low)], rel=1e-3)
+    for name, levels in (("mug", (0, 60, 120)), ("cat", (0, 60, 120))):
+        for k, level in enumerate(levels):
+            Image.new("RGB", (8, 8), (level,) * 3).save(folder / "dataset" / name / f"{k:02d}.png")
+    same = score_images(Benchmark.load(folder, "multi"), images, encoders, use, ONE)
+    assert same[same["metric"] == "leaning"]["weight"].tolist() == [0, 0]
+
+
 class Known:
     """The true boxes of images that were drawn."""
 
