@@ -204,10 +204,11 @@ def test_attribute_shares_average_to_attribute_accuracy(ran):
 def test_the_toybox_plan_is_every_notebook_in_order_and_the_tables_come_after_every_training():
     jobs = reproduce.plan(TOYBOX, Path("results/toybox"), BOOKS, seeds=2)
     names = [job.name for job in jobs]
-    assert [name[:2] for name in names] == ["00", "01", "02", *["03"] * 16, "04", "05"]
+    assert [name[:2] for name in names] == ["00", "01", "02", *["03"] * 16, "04", "05", "06"]
     rows = [f"03_{family}_{o}" for family in ("uno", "ipap") for o in ("sft", "dpo", "patchdpo", "focusdpo")]
     assert names[3:19] == [f"{row}-seed{n}" for row in rows for n in (0, 1)]
-    one, two = jobs[-2:]
+    one, two, ablations = jobs[-3:]
+    assert not ablations.after  # it draws trials that are kept
     assert set(one.after) == set(names[3:19])
     assert set(two.after) == {name for name in names if name.startswith("03_uno")}  # Table 2 is UNO's
     groups = resolved(one)["families"]
@@ -224,7 +225,7 @@ def test_one_family_alone_leaves_out_the_other_s_trainings_rows_and_models(famil
     names = [job.name for job in jobs]
     objectives = ("sft", "dpo", "patchdpo", "focusdpo")
     assert [n for n in names if n.startswith("03")] == [f"03_{family}_{o}-seed0" for o in objectives]
-    assert [n for n in names if n > "04"] == tables
+    assert [n for n in names if n > "04"] == [*tables, "06_ablations"]
     assert list(resolved(jobs[names.index("04_table1")])["families"]) == [family]
     models = {name for job in jobs for name in job.inputs if name.startswith("model of")}
     assert models == {f"model of {family}"}

@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 from skimage import morphology
 from tiny_models import write_tiny_models, write_tiny_profile
@@ -14,6 +16,7 @@ from focusdpo_lib import backbones, grade, params, runs
 from focusdpo_lib.batch import mask_errors as trials
 from focusdpo_lib.dip import mask_errors, toybox
 from focusdpo_lib.dip.dataset import read_dataset
+from focusdpo_lib.masks import Focus
 from focusdpo_lib.params import Dip, MaskError, ParameterError
 from focusdpo_lib.training import prepare
 
@@ -198,6 +201,16 @@ def test_where_the_loss_looks_is_told_by_the_true_masks(models):
     assert 0 < grown["weight"] < 1 and 0 < grown["reached"] <= 1
 
 
+def test_the_loss_s_looks_by_hand(monkeypatch):
+    # Of four tokens the first and third are the subject's; M is 1, 0.5, 0, 0 and M' takes the first and second.
+    focus, matched = torch.tensor([[[1, 0.5], [0, 0]]]), torch.tensor([[[[1, 1], [0, 0.0]]]])
+    seen = Focus(matched, focus, focus, torch.tensor([0.05]), *[torch.zeros(1)] * 3)
+    monkeypatch.setattr(grade, "look", lambda *_: grade.Look(None, None, seen))
+    pairs = SimpleNamespace(token_grid=(2, 2))
+    found = grade.against_truth(None, pairs, [torch.tensor([[1, 0, 1, 0.0]])], [0.1, 0.9], params.Masks(tau=0.1))
+    assert found == pytest.approx({"hit": 0.5, "weight": 1 / 1.25, "reached": 0.5, "detail": 1})
+
+
 # --- the trials ---
 
 
@@ -270,11 +283,13 @@ def test_a_file_of_trials_that_means_nothing_is_refused(change, words, tmp_path)
         trials.read(tmp_path / "mask_errors.yaml")
 
 
-def test_the_first_amounts_of_all_kinds_come_first_and_one_seed_after_the_other():
+def test_exact_masks_come_first_then_the_first_amounts_of_all_kinds_and_one_seed_after_the_other():
     found = trials.read(ROOT / "params" / "toybox" / "mask_errors.yaml").trials
-    seeds = [trial.seed for trial in found]
-    assert seeds == sorted(seeds)
-    first = [trial.name for trial in found if trial.seed == 0][:3]
-    assert first == ["uno_focusdpo-exact-seed0", "uno_dpo-exact-seed0", "uno_focusdpo-wrong-1-seed0"]
+    exact = [trial.name for trial in found if trial.error.kind == "exact"]
+    assert exact == [f"{name}-exact-seed{seed}" for seed in (0, 1, 2) for name in ("uno_focusdpo", "uno_dpo")]
+    assert [trial.name for trial in found][:6] == exact
+    rest = [(trial.seed, trial.error.kind, trial.error.amount) for trial in found[6:]]
+    assert [seed for seed, *_ in rest] == sorted(seed for seed, *_ in rest)
+    assert rest[:4] == [(0, "wrong", 1), (0, "dilated", 4), (0, "shifted", 4), (0, "eroded", 2)]
     assert len({trial.name for trial in found}) == len(found)
     assert len({str(trial.sections["masks"]) for trial in found}) == 1  # also of DPO, whose file has none

@@ -1,4 +1,4 @@
-"""Notebooks 00 to 02 run top to bottom under the smoke profile, and their figures are labelled."""
+"""Notebooks 00 to 02 and 06 run top to bottom under the smoke profile, and their figures are labelled."""
 
 import json
 from dataclasses import replace
@@ -19,11 +19,12 @@ from focusdpo_lib.plots import style
 
 ROOT = Path(__file__).parents[1]
 BOOKS = {"00_start_here": "00_start_here", "01_dip": "01_dip_construction", "02_masks": "02_mask_derivation"}
+BOOKS |= {"06_ablations": "06_ablations"}
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory, tiny_flux):
-    """The three notebooks, executed one after the other as `make reproduce` does it, with a tiny random model."""
+    """The four notebooks, executed one after the other as `make reproduce` does it, with a tiny random model."""
     into = tmp_path_factory.mktemp("results")
     for yaml, book in BOOKS.items():
         notebook = ROOT / "notebooks" / f"{book}.ipynb"
@@ -64,6 +65,8 @@ def test_the_notebooks_leave_complete_runs_with_their_figures_and_numbers(ran):
         graded = pd.read_csv(ran / "masks" / "default" / f"grade_{family}.csv")
         assert np.allclose(graded[["hit", "other", "background"]].sum(axis=1), 1, atol=2e-4)
         assert set(graded["t"]) == {0.2, 0.8} and set(graded["references"]) == {1, 2}
+    drawn = {path.name for path in (ran / "ablations" / "mask_errors").glob("*.png")}
+    assert drawn == {"pairs.png", "looks.png", "errors.png", "images.png"}
     coverage = pd.read_csv(ran / "masks" / "default" / "coverage.csv")
     assert set(coverage["subjects"]) == {1, 2} and coverage["coverage"].between(0, 1).all()
     assert ((coverage["coverage"] > 0.1) == (coverage["branch"] == "structure")).all()  # Eq. 9, τ = 0.1
@@ -97,6 +100,20 @@ def coverage_rows():
     return pd.DataFrame([{"t": t, "subjects": s, "coverage": t, "chance": 0.8} for t in (0.05, 0.5) for s in (1, 2)])
 
 
+def wrong_masks():
+    """Each pair as it is and with a mask that is all of the picture."""
+    exact = [plots.ErrorRow("exact", p.win, p.lose, p.prior, p.prior.any(0)) for p in PAIRS]
+    return [[row, row._replace(label="all", masks=np.ones_like(row.masks))] for row in exact]
+
+
+def trials():
+    """Two seeds of exact masks and of two amounts of an error, and a second training of one seed."""
+    rows = [("a", "exact", 0, seed, 1.0, 2.0 + seed) for seed in (0, 1)]
+    rows += [("a", "shifted", n, seed, 1 - n / 10, 5.0 * n + seed) for n in (2, 4) for seed in (0, 1)]
+    rows += [("b", "exact", 0, 0, 1.0, 7.0), ("b", "shifted", 4, 0, 0.6, 9.0)]
+    return pd.DataFrame(rows, columns=["training", "kind", "amount", "seed", "iou", "loss"])
+
+
 NOTES = pd.DataFrame([pair.disruption for pair in PAIRS])
 GRAY = PAIRS[0].win[..., 0]
 FIGURES = {
@@ -108,6 +125,8 @@ FIGURES = {
     "review_page": lambda: plots.review_page([np.hstack([p.win, p.lose]) for p in PAIRS], ["1 · $", "2"]),
     "mask_gallery": gallery,
     "mask_gallery, own scales": lambda: gallery(shared_scores=False),
+    "error_gallery": lambda: plots.error_gallery(wrong_masks(), 0.5),
+    "error_curves": lambda: plots.error_curves(trials(), {"loss": "loss"}, {"loss": 1.0}, {"a": "A", "b": "B"}),
     "token_grids": lambda: plots.token_grids({"prior": np.eye(4), "scores": np.ones((4, 4)) / 3}),
     "entropy_steps": lambda: plots.entropy_steps(PAIRS[0].win, GRAY, GRAY / 50, GRAY[::4, ::4] / 255, 9),
     "coverage_by_timestep": lambda: plots.coverage_by_timestep(coverage_rows(), 0.1),
@@ -149,6 +168,14 @@ def test_charts_name_both_axes():
 def test_the_branch_shares_drawn_are_those_of_eq_9():
     bars = plots.coverage_by_timestep(coverage_rows(), tau=0.1).axes[1].patches
     assert [bar.get_height() for bar in bars] == [0, 1, 1, 0]  # M_s at t = 0.05 and 0.5, then the fused branch
+
+
+def test_a_curve_of_errors_goes_from_exact_masks_through_the_mean_of_each_error_s_seeds():
+    lines = FIGURES["error_curves"]().axes[0].lines
+    drawn = {line.get_linestyle(): line.get_xydata().tolist() for line in lines if line.get_marker() == "s"}
+    assert drawn == {"-": [[1, 2.5], [0.8, 10.5], [0.6, 20.5]], "--": [[1, 7], [0.6, 9]]}
+    dots = [line.get_xydata().tolist() for line in lines if line.get_marker() == "."]
+    assert sorted(map(len, dots)) == [1, 1, 2, 4]  # every trial
 
 
 def test_the_mask_gallery_shares_one_colour_scale_over_all_scores_and_one_over_all_masks():

@@ -75,19 +75,20 @@ def read(path: Path) -> Settings:
         raise ParameterError(f"{', '.join(unknown)} in {path} is nothing it may hold: use {', '.join(SHARED)}")
     errors = {file: list(_errors(kinds, background, path)) for file, kinds in trainings.items()}
     files = _trainings({file: path.with_name(f"{file}.yaml") for file in trainings})
-    trials = []
+    ranked = []
     for seed in seeds:
-        ranked = []
         for file, use in files.items():
             seeded = use | {"training": use["training"].model_copy(update={"seed": seed})}
             ranked += [(rank, Trial(file.partition("_")[2], error, seed, seeded)) for rank, error in errors[file]]
-        trials += [trial for _, trial in sorted(ranked, key=lambda of: of[0])]
+    exact = [trial for rank, trial in ranked if rank is None]  # first: how much seeds differ is the measure of the rest
+    rest = sorted(((rank, trial) for rank, trial in ranked if rank is not None), key=lambda of: (of[1].seed, of[0]))
+    trials = [*exact, *(trial for _, trial in rest)]
     return Settings({name: params.section(name, values.get(name), str(path)) for name in SHARED}, tuple(trials))
 
 
-def _errors(kinds: Mapping[str, Any], background: Any, path: Path) -> Iterator[tuple[int, MaskError]]:
+def _errors(kinds: Mapping[str, Any], background: Any, path: Path) -> Iterator[tuple[int | None, MaskError]]:
     """Exact masks, and every error with the place of its amount among those of its kind: all first ones come first."""
-    yield -1, MaskError()
+    yield None, MaskError()
     for kind, amounts in kinds.items():
         if not isinstance(amounts, list):
             raise ParameterError(f"{kind} = {amounts!r} in {path} is not accepted: list the amounts of the error")

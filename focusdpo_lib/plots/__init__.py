@@ -7,6 +7,7 @@ notebook names it as a cell's last line, once, and `figure.savefig` keeps it.
 from focusdpo_lib.plots.dip import review_page, score_distributions
 from focusdpo_lib.plots.forest import forest
 from focusdpo_lib.plots.grade import Moment, grade_curves, grade_heatmap, movement
+from focusdpo_lib.plots.mask_errors import ErrorRow, error_curves, error_gallery
 from focusdpo_lib.plots.masks import (
     MaskRow,
     coverage_by_timestep,
