@@ -87,7 +87,7 @@ def test_a_plan_is_estimated_for_this_machine_and_says_so(monkeypatch, tmp_path)
     first = 20 + slower * cost["rest"]["00_start_here"]
     assert minutes["00_start_here"] == pytest.approx(first / 60), "the first run imports for all"
     said = reproduce.announcement(found, cost, machine)
-    assert said.startswith(f"9 notebook runs: about {reproduce.span(sum(minutes.values()))} and ")
+    assert said.startswith(f"10 notebook runs: about {reproduce.span(sum(minutes.values()))} and ")
     assert "by ray on its machines" not in said
     assert "one after the other: by ray on its machines" in reproduce.announcement(found, cost, machine, "ray")
     monkeypatch.setattr(reproduce, "is_complete", lambda job: job.name != "03_uno_sft-seed0")

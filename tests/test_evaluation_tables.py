@@ -105,6 +105,12 @@ def test_the_interval_is_scipy_s_percentile_bootstrap():
     assert abs(ours.low - theirs.low) < 0.02 * width and abs(ours.high - theirs.high) < 0.02 * width
 
 
+def test_a_copy_s_cosine_that_rounds_to_more_than_one_lies_in_its_interval():
+    units = statistics.units([single([1 + 1e-7] * 3)], "dino")
+    found = statistics.estimate(units, statistics.resamples(3, 100, 0), statistics.RANGES["dino"])
+    assert found.low <= found.value <= found.high == 1
+
+
 def test_the_interval_of_a_rate_is_scipy_s_for_a_ratio_of_sums():
     random = np.random.default_rng(2)
     possible = random.integers(2, 9, 30)

@@ -155,10 +155,10 @@ def uncertainty(
 def estimate(table: pd.DataFrame, by: "np.ndarray | Dyads", within: tuple[float, float] = ANYTHING) -> Estimate:
     """The estimate of one row with its interval; `by` from `resamples` or `uncertainty`.
 
-    The interval ends where the truth must: `within` cuts off what no mean can be, and so no truth that it covered.
+    The interval ends where the truth must: `within` cuts off what no mean can be, and so no truth that it covered. The
+    mean too: a copy's cosine with itself may be rounded to more than 1.
     """
-    value, low, high = _interval([(table, 1)], by)
-    return Estimate(value, max(low, within[0]), min(high, within[1]))
+    return Estimate(*(min(max(each, within[0]), within[1]) for each in _interval([(table, 1)], by)))
 
 
 def difference(table: pd.DataFrame, base: pd.DataFrame, by: "np.ndarray | Dyads") -> Estimate:
