@@ -7,6 +7,10 @@ SEEDS ?= 1
 FAMILIES ?= uno ipap
 ENGINE ?= local
 
+# Where this is set (containers often do), every process compiles what it imports anew, which doubles an import of torch
+# and diffusers.
+unexport PYTHONDONTWRITEBYTECODE
+
 python := .venv/bin/python
 ready := .venv/.ready
 

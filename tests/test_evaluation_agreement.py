@@ -172,13 +172,18 @@ def drawn(tmp_path_factory):
 KNOWN: dict[tuple, dict] = {}  # several tests compare with the same table
 
 
+def encoders_of(models, evaluation):
+    """Ours, whose vectors every table of this file shares."""
+    return kept(load_encoders(evaluation), models / "kept")
+
+
 def ours(models, drawn, kind, **settings):
     """{column: value} of our table."""
     if (key := (kind, *sorted(settings.items()))) in KNOWN:
         return KNOWN[key]
     use = {"dino": str(models / "dino"), "clip": str(models / "clip"), "reader": None, "bootstrap": 50} | settings
     evaluation = params.section("evaluation", use)
-    encoders = load_encoders(evaluation)
+    encoders = encoders_of(models, evaluation)
     scores = score_images(few(kind), drawn[0] / kind, encoders, evaluation, params.Generation())
     result = tables.table({"uno": scores}, evaluation)
     KNOWN[key] = result.set_index("column")["value"].to_dict()
@@ -374,7 +379,7 @@ def test_every_score_of_all_750_cases(models, theirs, tmp_path, kind):
         by_unit.setdefault("+".join(names), []).append([*halves, expected[f"{i:04d}", "clip_t", ""]])
     use = {"dino": str(models / "dino"), "clip": str(models / "clip"), "reader": None, "bootstrap": 50}
     evaluation = params.section("evaluation", {**use, "protocol": "uno"})
-    encoders = kept(load_encoders(evaluation), tmp_path / "kept")  # by content: 24 images, and not 750
+    encoders = encoders_of(models, evaluation)  # by content: 24 images, and not 750
     benchmark = Benchmark.load(DATA, kind, "uno")
     scores = score_images(benchmark, images, encoders, evaluation, params.Generation())
     found = {(row.case, row.metric, row.subject): row.value for row in scores.itertuples()}

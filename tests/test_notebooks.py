@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from matplotlib import cbook
 from matplotlib.figure import Figure
+from tiny_models import write_tiny_sdxl_ip
 
 from focusdpo_lib import batch, params, plots, runs
 from focusdpo_lib.batch import Job, notebooks
@@ -24,12 +25,13 @@ BOOKS |= {"06_ablations": "06_ablations"}
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory, tiny_flux):
-    """The four notebooks, executed one after the other as `make reproduce` does it, with a tiny random model."""
+    """The four notebooks, executed one after the other as `make reproduce` does it, with tiny random models."""
     into = tmp_path_factory.mktemp("results")
+    tiny_ipap = write_tiny_sdxl_ip(tmp_path_factory.mktemp("models") / "sdxl_ip")
     for yaml, book in BOOKS.items():
         notebook = ROOT / "notebooks" / f"{book}.ipynb"
         known = notebooks.parameters(notebook)
-        values = {"results": str(into), "backbone.model": str(tiny_flux)}
+        values = {"results": str(into), "backbone.model": str(tiny_flux), "ipap.backbone.model": str(tiny_ipap)}
         values = {key: value for key, value in values.items() if key.partition(".")[0] in known}
         job = Job(notebook, into / "notebooks" / yaml, ROOT / "params" / "smoke" / f"{yaml}.yaml", values)
         batch.execute(job, warm=True)
