@@ -1,5 +1,7 @@
 """Real models of tiny size with random weights, loaded as published ones are, and pairs to train on."""
 
+import os
+
 import pytest
 import torch
 from tiny_training import load_tiny, tiny_pairs
@@ -27,6 +29,11 @@ LONG = (
     "comparison",
     "engine_slurm",
 )
+
+
+def pytest_xdist_auto_num_workers():
+    """One more than there are cores: a test that waits for a process that it started leaves its core idle."""
+    return os.cpu_count() + 1
 
 
 def pytest_collection_modifyitems(items):

