@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from tiny_training import load_tiny, tiny_pairs
+from tiny_training import another, load_tiny, tiny_pairs
 from transformers import ViTConfig, ViTModel
 
 from focusdpo_lib import params
@@ -68,7 +68,7 @@ def tiny_flux(tmp_path_factory):
 
 @pytest.fixture
 def backbone(tiny_flux):
-    return load_tiny(tiny_flux)
+    return another(params.Backbone(model=str(tiny_flux), precision="float32"))
 
 
 @pytest.fixture(scope="session")

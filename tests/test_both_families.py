@@ -7,7 +7,7 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from tiny_models import write_tiny_sdxl_ip
-from tiny_training import TRAINING
+from tiny_training import TRAINING, another
 
 from focusdpo_lib import backbones, params
 from focusdpo_lib.backbones.family import ADAPTER as POLICY
@@ -65,14 +65,14 @@ def predictions(model, data):
 def test_step_resume_sample_save_and_load(family, objective, references, models, prepared_by, tmp_path):
     use = settings(family, models[family])
     data = {references: prepared_by[family][references]}
-    whole = run(backbones.load(use, parts="network"), data, tmp_path / "whole", objective)
-    run(backbones.load(use, parts="network"), data, tmp_path / "broken", objective, stop_after=2)
-    resumed = run(backbones.load(use, parts="network"), data, tmp_path / "broken", objective)
+    whole = run(another(use, parts="network"), data, tmp_path / "whole", objective)
+    run(another(use, parts="network"), data, tmp_path / "broken", objective, stop_after=2)
+    resumed = run(another(use, parts="network"), data, tmp_path / "broken", objective)
     ours, theirs = policy(whole), policy(resumed)
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     assert any(value.abs().max() > 0 for name, value in ours.items() if "lora_B" in name), "the steps moved nothing"
 
-    again = backbones.load(use)
+    again = another(use)
     base = predictions(again, data)
     again.load_adapter(tmp_path / "whole" / ADAPTER)
     expected = predictions(whole, data)

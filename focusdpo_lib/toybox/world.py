@@ -6,7 +6,7 @@ identity can come from the reference image alone. A *photo* shows one identity b
 """
 
 import zlib
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -65,9 +65,8 @@ class Identity:
         Each angle at which it looks the same has a checksum; the identity is in the earliest of their splits, so that
         it is held out only if every one of them is.
         """
-        *before, _, trim = map(str, astuple(self))
-        alike = range(self.angle, ANGLES[-1] + 1, TURN[self.pattern])
-        keys = ["/".join([*before, str(angle), trim]) for angle in alike]
+        before, alike = "/".join([self.class_name, self.base, self.accent, self.pattern]), TURN[self.pattern]
+        keys = [f"{before}/{angle}/{self.trim}" for angle in range(self.angle, ANGLES[-1] + 1, alike)]
         buckets = {zlib.crc32(key.encode()) % 20 for key in keys}
         return SPLITS[min({0: 2, 1: 1}.get(bucket, 0) for bucket in buckets)]
 
