@@ -100,9 +100,11 @@ class Scene:
 def sample_identity(rng: np.random.Generator, split: str = "train", class_name: str | None = None) -> Identity:
     """A random identity of a split; its three colours differ. Patterns are as frequent in one split as in another."""
     class_name, pattern = class_name or str(rng.choice(CLASSES)), str(rng.choice(PATTERNS))
+    colours = list(COLOURS)
     while True:
-        base, accent, trim = (list(COLOURS)[i] for i in rng.permutation(len(COLOURS))[:3])
-        identity = Identity(class_name, base, accent, pattern, int(rng.choice(ANGLES)), trim)
+        base, accent, trim = (colours[i] for i in rng.permutation(len(colours))[:3])
+        angle = ANGLES[rng.integers(len(ANGLES))]  # as rng.choice draws, which takes ten times as long
+        identity = Identity(class_name, base, accent, pattern, angle, trim)
         if identity.split == split:
             return identity
 
