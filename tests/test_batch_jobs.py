@@ -165,8 +165,9 @@ def test_a_warm_kernel_has_imported_everything_and_is_else_as_a_fresh_one(tmp_pa
     said = {}
     warm.context.set_forkserver_preload(warm.IMPORTED)
     with ProcessPoolExecutor(1, warm.context) as pool:
-        if not pool.submit(_has, warm.IMPORTED[0]).result():  # an earlier test began the server with less
-            multiprocessing.forkserver._forkserver._stop()
+        warmed = pool.submit(_has, warm.IMPORTED[0]).result()
+    if not warmed:  # an earlier test began the server with less; it stops when the last of its children has ended
+        multiprocessing.forkserver._forkserver._stop()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ASKED", "as the batch was")
         for how in (True, False):
