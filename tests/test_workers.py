@@ -113,7 +113,7 @@ def _alive(process):
 
 def test_every_stage_is_the_same_to_the_bit_in_one_process_and_in_several(tiny_flux, tmp_path):
     """Preparing, sampling, scoring and errors by region; batches that do not divide among the processes."""
-    backbone = params.Backbone(model=str(tiny_flux))
+    backbone = params.Backbone(model=str(tiny_flux), precision="float32")  # "auto" may be another elsewhere: --bfloat16
     pairs = stages.build_pairs(tmp_path, "main", DIP)
     benchmark = Benchmark.load(stages.toybox_benchmark(tmp_path), "multi").first_prompts(1)
     benchmark = replace(benchmark, cases=benchmark.cases[:7])
