@@ -11,9 +11,9 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
-from conftest import build_tiny_flux
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
+from tiny_fixtures import build_tiny_flux
 from tiny_training import load_tiny, refusal
 
 from focusdpo_lib.backbones import BackboneError, Conditioning, FluxUno, parity
@@ -179,7 +179,7 @@ def test_latents_are_the_posterior_s_mean_shifted_and_scaled_and_decoding_takes_
     pixels = torch.rand(2, 3, 64, 64) * 2 - 1
     with torch.no_grad():
         mean = backbone.vae.encode(pixels).latent_dist.mean
-        assert torch.allclose(backbone.encode_images(pixels), (mean - 0.1) * 0.5)  # as conftest sets them
+        assert torch.allclose(backbone.encode_images(pixels), (mean - 0.1) * 0.5)  # as tiny_fixtures sets them
         assert torch.allclose(
             backbone.decode((mean - 0.1) * 0.5), backbone.vae.decode(mean).sample.clamp(-1, 1), atol=1e-4
         )

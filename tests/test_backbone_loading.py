@@ -7,9 +7,9 @@ import threading
 import huggingface_hub
 import pytest
 import torch
-from conftest import build_tiny_flux
 from safetensors.torch import load_file, save_file
 from test_both_families import FAMILIES, policy, run, settings
+from tiny_fixtures import build_tiny_flux
 from tiny_training import TRAINING, refusal
 
 from focusdpo_lib import backbones, params

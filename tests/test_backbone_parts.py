@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import build_tiny_flux
 from safetensors.torch import load_file, save_file
+from tiny_fixtures import build_tiny_flux
 from tiny_sdxl import WEIGHTS, write_tiny_sdxl
 from tiny_training import refusal
 from transformers import (

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import build_tiny_flux
+from tiny_fixtures import build_tiny_flux
 from tiny_perception import write_tiny_detector, write_tiny_sam2
 from tiny_training import load_tiny
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 import huggingface_hub
 import pytest
 import yaml
-from conftest import build_tiny_flux
 from test_backbone_loading import uno  # noqa: F401 (a fixture)
+from tiny_fixtures import build_tiny_flux
 from tiny_training import TRAINING, tiny_pairs
 
 from focusdpo_lib import backbones, params, stages

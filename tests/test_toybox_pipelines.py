@@ -4,9 +4,9 @@ from itertools import combinations
 
 import pytest
 import torch
-from conftest import build_tiny_flux
 from diffusers import FluxPipeline
 from safetensors.torch import load_file
+from tiny_fixtures import build_tiny_flux
 from tiny_sdxl import WEIGHTS, load_tiny_sdxl, write_tiny_sdxl
 
 from focusdpo_lib import backbones, params

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from conftest import build_tiny_flux
 from diffusers import (
     AutoencoderKL,
     FluxFillPipeline,
@@ -11,6 +10,7 @@ from diffusers import (
     StableDiffusionXLInpaintPipeline,
     UNet2DConditionModel,
 )
+from tiny_fixtures import build_tiny_flux
 from tiny_sdxl import build_tiny_sdxl
 
 
