@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from functools import partial
 
 import pytest
 import torch
@@ -317,7 +318,13 @@ def test_each_subject_of_random_pairs_has_tokens_of_its_own(tmp_path):
 # --- runs --------------------------------------------------------------------------------------------------------
 
 
-def test_a_small_case_runs_from_end_to_end(tmp_path):
+@pytest.fixture
+def small_products(monkeypatch):
+    """The matrix rate by matrices that take no second."""
+    monkeypatch.setattr(steps, "matrix_rate", partial(steps.matrix_rate, side=128))
+
+
+def test_a_small_case_runs_from_end_to_end(tmp_path, small_products):
     name = "flux-small-2ref-checkpointing-bfloat16"
     bench.main(["--only", name, "--rounds", "1", "--out", str(tmp_path)])
     entries = report.read_results(tmp_path)
@@ -373,7 +380,7 @@ def test_a_case_is_measured_anew_when_asked_or_when_its_entry_says_something_els
     assert len(names) == 5
 
 
-def test_what_does_not_fit_is_said_and_the_run_goes_on(tmp_path, monkeypatch):
+def test_what_does_not_fit_is_said_and_the_run_goes_on(tmp_path, monkeypatch, small_products):
     def too_large(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 

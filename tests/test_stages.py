@@ -311,8 +311,9 @@ def test_an_adapter_or_an_image_that_was_lost_is_made_again(results, tiny_flux, 
 
 
 @pytest.mark.parametrize("lost", ["cases_single.json", "dataset/prompts_and_classes.txt", "dataset/cat/00.png"])
-def test_a_toybox_benchmark_that_lost_a_file_says_what_to_delete(tmp_path, lost):
-    folder = stages.toybox_benchmark(tmp_path)
+def test_a_toybox_benchmark_that_lost_a_file_says_what_to_delete(results, tmp_path, lost):
+    written = stages.toybox_benchmark(results)
+    folder = shutil.copytree(written, tmp_path / written.relative_to(results))
     for path in folder.glob("dataset/cat/*.png") if lost.endswith(".png") else [folder / lost]:
         path.unlink()
     with pytest.raises(BenchmarkError, match=f"the toybox's own: delete {folder}, and it is written anew"):
