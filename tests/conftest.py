@@ -2,7 +2,9 @@
 
 import os
 
-# These files take a minute each, most of it in processes that they start: of several workers each begins with one.
+import pytest
+
+# These files take longest, most of them in processes that they start: of several workers each begins with one.
 LONG = (
     "batch_reproduce",
     "workers",
@@ -16,9 +18,10 @@ LONG = (
 )
 
 
+@pytest.hookimpl(wrapper=True, optionalhook=True)
 def pytest_xdist_auto_num_workers():
-    """One more than there are cores: a test that waits for a process that it started leaves its core idle."""
-    return os.cpu_count() + 1
+    """One more than xdist's choice: a test that waits for a process that it started leaves its core idle."""
+    return (yield) + 1
 
 
 def pytest_collection_modifyitems(items):

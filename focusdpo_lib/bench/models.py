@@ -75,7 +75,7 @@ def built(case: Case, device: torch.device, scratch: Path) -> Backbone:
 def with_subject_lora(backbone: FluxUno, case: Case) -> FluxUno:
     """The layers that UNO's file puts on FLUX, in the dtype it takes there: frozen, random, a tenth of the base."""
     config = LoraConfig(r=case.sizes.subject_rank, target_modules=LORA_TARGETS, init_lora_weights=False)
-    with made_on(next(backbone.network.parameters()).device):  # of FLUX's full size 5 GB and seconds on a CPU else
+    with made_on(backbone.network.device):  # of FLUX's full size 5 GB and seconds on a CPU else
         backbone.network.add_adapter(config, "subject")
     for name, parameter in backbone.network.named_parameters():
         if ".subject." in name:
