@@ -7,6 +7,7 @@ leaves every batch on disk, whole. Shard (i, n) takes every n-th batch from the 
 process would form, and computes with as many threads: so the result is that of one process, to the bit on a CPU.
 """
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -209,7 +210,7 @@ def _here(work: Work, notes: Path, devices: Sequence[str | None]) -> Start:
     import torch
 
     if FORKS:
-        context.set_forkserver_preload([name for name in HEAVY if name in sys.modules])
+        preload([name for name in HEAVY if name in sys.modules])
 
     def start(shard: Shard) -> BaseProcess:
         words = (pickle.dumps(work), shard, notes, torch.get_num_threads(), devices[shard[0]], dict(os.environ))
@@ -231,7 +232,7 @@ def _in_cluster(work: Work, notes: Path) -> Start:
 def _child(
     work: bytes, shard: Shard, notes: Path, threads: int, device: str | None, environment: Mapping[str, str]
 ) -> None:
-    end_with(multiprocessing.parent_process())
+    forked()
     os.environ.clear()  # of a process from which this one was forked
     os.environ.update(environment)
     if device is not None:
@@ -264,6 +265,18 @@ def _do(work: bytes, shard: Shard, folder: Path, threads: int) -> bool:
         (folder / f"{notes.name}-{ERROR}").write_bytes(pickle.dumps(error))
         return False
     return True
+
+
+def preload(modules: Sequence[str]) -> None:
+    """The process that others are forked from imports these."""
+    context.set_forkserver_preload(["focusdpo_lib.uncollected", *modules])
+
+
+def forked() -> None:
+    """How a process of `context` begins: it ends with its parent, and what was imported before it is never garbage."""
+    end_with(multiprocessing.parent_process())
+    gc.freeze()
+    gc.enable()
 
 
 def end_with(process: BaseProcess) -> None:

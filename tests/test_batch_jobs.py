@@ -158,7 +158,7 @@ def test_a_warm_kernel_has_imported_everything_and_is_else_as_a_fresh_one(tmp_pa
     asks = notebook(
         tmp_path / "books" / "asks.ipynb",
         "import sys; imported = 'focusdpo_lib.comparison' in sys.modules",
-        "import multiprocessing, os; print(imported, os.environ['ASKED'], os.path.basename(os.getcwd()), "
+        "import gc, multiprocessing, os; print(gc.isenabled(), imported, os.environ['ASKED'], os.path.basename(os.getcwd()), "
         "multiprocessing.get_start_method(), multiprocessing.current_process().daemon, os.getpgrp() == os.getpid())",
         "import matplotlib.pyplot as plt; figure = plt.subplots()[0]; plt.close(figure); figure",
     )
@@ -177,7 +177,7 @@ def test_a_warm_kernel_has_imported_everything_and_is_else_as_a_fresh_one(tmp_pa
             assert any("image/png" in o.get("data", {}) for o in cells[-1].outputs), "figures are shown inline"
             said[how] = printed(job.folder / f"{job.name}.ipynb")
     start_method = multiprocessing.get_context().get_start_method()
-    assert said[False] == f"False as the batch was books {start_method} False True\n"
+    assert said[False] == f"True False as the batch was books {start_method} False True\n"
     assert said[True] == said[False].replace("False", "True", 1)
 
 

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "focusdpo_lib"
 # From the ground up; what stands on one line does not import each other. Of a folder's files none is above another.
 FLOORS = [
-    ("strict_yaml", "pictures"),
+    ("strict_yaml", "pictures", "uncollected"),
     ("params", "provenance", "masks", "objectives"),
     ("runs",),
     ("cluster",),

@@ -12,14 +12,14 @@ from collections.abc import Mapping, Sequence
 
 from jupyter_client.provisioning import LocalProvisioner
 
-from focusdpo_lib.workers import FORKS, context, end_with
+from focusdpo_lib.workers import FORKS, context, forked, preload
 
 IMPORTED = [
     *("focusdpo_lib.comparison", "focusdpo_lib.plots", "focusdpo_lib.toybox.reader", "open_clip"),
     *("focusdpo_lib.backbones.flux_uno", "focusdpo_lib.backbones.sdxl_ip", "ipykernel.kernelapp"),
 ]
 if FORKS:
-    context.set_forkserver_preload(IMPORTED)
+    preload(IMPORTED)
 
 
 class WarmKernel(LocalProvisioner):
@@ -67,7 +67,7 @@ def _serve(arguments: Sequence[str], environment: Mapping[str, str], folder: str
     from ipykernel.kernelapp import IPKernelApp
 
     # The batch's end, however it comes, is the kernel's: the warm process would go on for as long as it has children.
-    end_with(multiprocessing.parent_process())
+    forked()
     os.setsid()
     os.chdir(folder)
     os.environ.clear()

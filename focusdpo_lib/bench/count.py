@@ -24,7 +24,7 @@ from focusdpo_lib import params
 from focusdpo_lib.backbones import Backbone, SdxlIp
 from focusdpo_lib.bench import models
 from focusdpo_lib.bench.cases import Case
-from focusdpo_lib.bench.measure import Task, operations
+from focusdpo_lib.bench.measure import Operations, Task, operations
 from focusdpo_lib.bench.steps import FLOOR, OBJECTIVES, optimizer_bytes, our_step, plain_step, winners_forward
 from focusdpo_lib.training import draws
 
@@ -186,5 +186,6 @@ def counted(case: Case, batch: int, scratch: Path) -> dict:
 def _cost(step: Task, backbone: Backbone, live: LiveBytes, floor: int) -> dict:
     for parameter in backbone.adapter_parameters():  # of the micro-batches before, where gradients are accumulated
         parameter.grad = torch.zeros_like(parameter)
-    peak, found = live.peak_of(step), operations(step)  # apart: torch's counter of operations holds on to tensors
-    return {"peak_bytes": peak, "operations": found, "operations / floor": found / floor}
+    with Operations() as done:
+        peak = live.peak_of(step)
+    return {"peak_bytes": peak, "operations": done.total, "operations / floor": done.total / floor}

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 Task = Callable[[], None]
 
@@ -78,22 +79,39 @@ def attention_backward_operations(gradient, query, key, *_, **__) -> int:
     return 10 * math.prod(query) * key[2]
 
 
-CPU_ATTENTION = {  # torch's counter knows the fused kernels of a GPU only
+CPU_ATTENTION = {  # torch knows the fused kernels of a GPU only
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_operations,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_operations,
 }
+FORMULAS = flop_registry | {kernel: shape_wrapper(formula) for kernel, formula in CPU_ATTENTION.items()}
+
+
+class Operations(TorchDispatchMode):
+    """Floating-point operations within this context: matrix products, convolutions, attention, forward and backward.
+
+    By torch's formulas, as its FlopCounterMode counts; but that follows every module and so holds on to tensors, whose
+    bytes could not be counted in the same pass. A multiply-add is two. Everything else (norms, activations, the masks'
+    cosines) is left out, as it is by every count of this kind: it moves memory and does little arithmetic. What
+    gradient checkpointing computes twice counts twice. Not for `torch.inference_mode`, where kernels are not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        output = function(*args, **kwargs)
+        if formula := FORMULAS.get(function.overloadpacket):
+            self.total += formula(*args, **kwargs, out_val=output)
+        return output
 
 
 def operations(task: Task, *networks: nn.Module) -> int:
-    """Floating-point operations of what a task does: matrix products, convolutions and attention, forward and backward.
-
-    A multiply-add is two. Everything else (norms, activations, the masks' cosines) is left out, as it is by every count
-    of this kind: it moves memory and does little arithmetic. What gradient checkpointing computes twice counts twice.
-    `networks` are all whose layers may be quantized.
-    """
-    with _plain_matrices(*networks), FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+    """The `Operations` of what a task does; `networks` are all whose layers may be quantized."""
+    with _plain_matrices(*networks), Operations() as counted:
         task()
-    return counter.get_total_flops()
+    return counted.total
 
 
 @contextmanager
