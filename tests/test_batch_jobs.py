@@ -159,7 +159,8 @@ def test_a_warm_kernel_has_imported_everything_and_is_else_as_a_fresh_one(tmp_pa
         tmp_path / "books" / "asks.ipynb",
         "import sys; imported = 'focusdpo_lib.comparison' in sys.modules",
         "import gc, multiprocessing, os; print(gc.isenabled(), imported, os.environ['ASKED'], "
-        "os.path.basename(os.getcwd()), multiprocessing.get_start_method(), multiprocessing.current_process().daemon, os.getpgrp() == os.getpid())",
+        "os.path.basename(os.getcwd()), multiprocessing.get_start_method(), "
+        "multiprocessing.current_process().daemon, os.getpgrp() == os.getpid())",
         "import matplotlib.pyplot as plt; figure = plt.subplots()[0]; plt.close(figure); figure",
     )
     said = {}
