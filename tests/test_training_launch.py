@@ -51,7 +51,26 @@ def train(results, model, name, machines=None, **changes):
     )
 
 
-def test_two_machines_give_the_weights_of_one_process_that_accumulates(results, tiny_flux, capfd):
+@pytest.fixture(scope="module")
+def one(results, tiny_flux):
+    """The run of one process that accumulates the gradients of two micro-batches."""
+    return train(results, tiny_flux, "one", gradient_accumulation=2)
+
+
+def same_weights(folder, other):
+    ours, theirs = load_file(folder / WEIGHTS), load_file(other / WEIGHTS)
+    assert ours.keys() == theirs.keys()
+    return all(torch.allclose(value, theirs[name], atol=1e-6) for name, value in ours.items())
+
+
+def test_two_processes_of_a_machine_give_the_weights_of_one_that_accumulates(results, tiny_flux, one):
+    folder = train(results, tiny_flux, "of_a_machine", processes=2)
+    assert is_complete(folder) and same_weights(folder, one)
+    assert (folder / "steps.csv").read_bytes() == (one / "steps.csv").read_bytes()
+    assert len(launch.runs._read_json(folder / "provenance.json")["processes"]) == 2
+
+
+def test_two_machines_give_the_weights_of_one_process_that_accumulates(results, tiny_flux, one, capfd):
     """Both machines are this one: they share its files and meet at a port of it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -70,10 +89,7 @@ def test_two_machines_give_the_weights_of_one_process_that_accumulates(results, 
     shown, errors = capfd.readouterr()
     assert "4/4" in shown and not errors.strip()
     assert is_complete(folder)
-    one = train(results, tiny_flux, "one", gradient_accumulation=2)
-    ours, theirs = load_file(folder / WEIGHTS), load_file(one / WEIGHTS)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.allclose(value, theirs[name], atol=1e-6) for name, value in ours.items())
+    assert same_weights(folder, one)
     assert (folder / "steps.csv").read_bytes() == (one / "steps.csv").read_bytes()
     made = launch.runs._read_json(folder / "provenance.json")
     assert len(made["processes"]) == 2 and all(p["peak_memory_bytes"] > 0 for p in made["processes"])
