@@ -121,7 +121,8 @@ def _as_seen(picture: Image.Image, name: str) -> Image.Image:
         return _eight_bits(upright)
     if upright.mode == "La":  # grey times alpha: Pillow knows one way out of it
         upright = upright.convert("LA")
-    return upright.convert("RGBA" if upright.has_transparency_data else "RGB")
+    shown = "RGBA" if upright.has_transparency_data else "RGB"
+    return upright if upright.mode == shown else upright.convert(shown)
 
 
 def _rescale_key(picture: Image.Image, name: str) -> None:

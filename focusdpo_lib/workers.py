@@ -33,6 +33,7 @@ WHOLE: Shard = (0, 1)
 FORKS = sys.platform == "linux" and not any(Path(f"/dev/{name}").exists() for name in ("nvidiactl", "kfd"))
 context = multiprocessing.get_context("forkserver" if FORKS else "spawn")
 HEAVY = ("focusdpo_lib.stages", "focusdpo_lib.backbones.flux_uno", "focusdpo_lib.backbones.sdxl_ip", "torch")
+_told = False  # what to import, the process that others are forked from
 ERROR = "error"  # of a shard's notes: the exception that ended it, pickled
 
 
@@ -268,8 +269,11 @@ def _do(work: bytes, shard: Shard, folder: Path, threads: int) -> bool:
 
 
 def preload(modules: Sequence[str]) -> None:
-    """The process that others are forked from imports these."""
-    context.set_forkserver_preload(["focusdpo_lib.uncollected", *modules])
+    """The process that others are forked from imports these, or what it was told before: there is one, for all."""
+    global _told
+    if not _told:
+        context.set_forkserver_preload(["focusdpo_lib.uncollected", *modules])
+        _told = True
 
 
 def forked() -> None:

@@ -6,6 +6,7 @@ import shutil
 import unicodedata
 from collections import Counter
 from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the DreamBench photos are not beside the repository")
 
 
+@cache
 def dreambench(kind: str) -> Benchmark:
     return Benchmark.load(DATA / "dreambench", kind, DATA / "uno" / f"dreambench_{kind}ip.json")
 

@@ -1,7 +1,6 @@
 """The list of cases as a table, and images laid out as other systems' scripts read them."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -78,9 +77,11 @@ def held(folder):  # noqa: F811
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
 
 
-def test_images_in_the_forms_of_others_are_read_back_as_the_same_cases(run, folder, tmp_path):  # noqa: F811
-    command = [sys.executable, "-m", "focusdpo_lib.evaluation.case_list", str(run), "--to", "patchdpo", "--into"]
-    said = subprocess.run([*command, str(tmp_path / "patchdpo")], capture_output=True, text=True, check=True).stdout
+def test_images_in_the_forms_of_others_are_read_back_as_the_same_cases(run, folder, tmp_path, capsys, monkeypatch):  # noqa: F811
+    words = ["case_list", str(run), "--to", "patchdpo", "--into", str(tmp_path / "patchdpo")]
+    monkeypatch.setattr(sys, "argv", words)
+    case_list.main()
+    said = capsys.readouterr().out
     assert "holds 3 images as patchdpo writes them" in said
     names = ["cat/a cat in a city.png", "cat/a cat in the snow.png", "mug/a mug in the snow.png"]
     assert held(tmp_path / "patchdpo") == names
