@@ -216,6 +216,14 @@ def test_gradient_checkpointing_adds_the_blocks_of_one_more_policy_pass(batch):
     assert again["plain"] - plainly["plain"] == again["focusdpo"] - plainly["focusdpo"]
 
 
+def test_where_products_would_not_be_seen_none_are_counted():
+    layer = nn.Linear(3, 5)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"use torch\.no_grad"):
+        operations(lambda: layer(torch.ones(2, 3)))
+    with torch.no_grad():
+        assert operations(lambda: layer(torch.ones(2, 3))) == 2 * 2 * 3 * 5
+
+
 # --- memory and seconds ------------------------------------------------------------------------------------------
 
 

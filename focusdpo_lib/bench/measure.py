@@ -92,7 +92,8 @@ class Operations(TorchDispatchMode):
     By torch's formulas, as its FlopCounterMode counts; but that follows every module and so holds on to tensors, whose
     bytes could not be counted in the same pass. A multiply-add is two. Everything else (norms, activations, the masks'
     cosines) is left out, as it is by every count of this kind: it moves memory and does little arithmetic. What
-    gradient checkpointing computes twice counts twice. Not for `torch.inference_mode`, where kernels are not seen.
+    gradient checkpointing computes twice counts twice. Raises RuntimeError in `torch.inference_mode`: a linear layer
+    comes whole there, and its product would not be seen.
     """
 
     def __init__(self) -> None:
@@ -100,6 +101,8 @@ class Operations(TorchDispatchMode):
         self.total = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("no operations can be counted in torch.inference_mode: use torch.no_grad")
         kwargs = kwargs or {}
         output = function(*args, **kwargs)
         if formula := FORMULAS.get(function.overloadpacket):
