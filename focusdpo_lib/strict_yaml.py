@@ -3,6 +3,8 @@
 Of a key that stands twice PyYAML keeps the second value without a word; `0100` is 64 to it, and `1:30` is 90.
 """
 
+import copy
+from functools import lru_cache
 from typing import Any, NoReturn
 
 import yaml
@@ -69,6 +71,11 @@ def _refuse(node: yaml.Node | yaml.Event, problem: str) -> NoReturn:
 
 def load(text: str) -> Any:
     """The plain values of a YAML text. Raises StrictYamlError, in one sentence with the line."""
+    return copy.deepcopy(_values(text))
+
+
+@lru_cache(maxsize=256)  # the same few files are read again for every job and stage
+def _values(text: str) -> Any:
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
     except yaml.YAMLError as error:

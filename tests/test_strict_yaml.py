@@ -71,6 +71,12 @@ def test_everything_else_is_what_the_safe_loader_reads(text):
     assert strict_yaml.load(text) == yaml.safe_load(text)
 
 
+def test_what_was_read_is_the_reader_s_own():
+    first = strict_yaml.load("a: {b: [1]}")
+    first["a"]["b"].append(2)
+    assert strict_yaml.load("a: {b: [1]}") == {"a": {"b": [1]}}
+
+
 def test_a_params_file_and_an_override_are_read_so(tmp_path, capsys):
     (tmp_path / "x.yaml").write_text("training:\n  steps: 2000\nobjective: {name: dpo}\ntraining:\n  seed: 1\n")
     with pytest.raises(ParameterError, match=r"x\.yaml is not accepted: line 4: the key 'training' stands twice"):

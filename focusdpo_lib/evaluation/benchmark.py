@@ -13,6 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image
@@ -228,13 +229,25 @@ def _subject(folder: Path, name: str, class_name: str, attributes: dict | None) 
 
 
 def _photo_hash(subjects: Iterable[Subject]) -> str:
+    return _pixels_hash(tuple((s.name, s.class_name, path, _state(path)) for s in subjects for path in s.photos))
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """What tells whether a file is still the one that it was."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@lru_cache(maxsize=8)  # a notebook loads a benchmark several times
+def _pixels_hash(photos: tuple[tuple[str, str, Path, tuple[int, ...]], ...]) -> str:
+    """Of photos, each with its subject's name and class and its file's state."""
     digest = hashlib.sha256()
 
-    def add(subject: Subject, path: Path) -> None:
+    def add(name: str, class_name: str, path: Path, state: tuple[int, ...]) -> None:
         image = open_image(path)  # decoded, so that a corrupt photo is found before anything is computed
-        digest.update(f"{subject.name}/{path.name}/{image.size}/{subject.class_name}".encode() + image.tobytes())
+        digest.update(f"{name}/{path.name}/{image.size}/{class_name}".encode() + image.tobytes())
 
-    _all(((subject, path) for subject in subjects for path in subject.photos), lambda of: add(*of))
+    _all(photos, lambda photo: add(*photo))
     return digest.hexdigest()
 
 

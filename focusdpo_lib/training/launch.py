@@ -13,6 +13,7 @@ The engine `ray` needs none of this: it hands the same worker to Ray Train (see 
 
 import argparse
 import codecs
+import gc
 import os
 import signal
 import subprocess
@@ -137,7 +138,10 @@ def work(folder: Path, prepared: Path) -> None:
         )
     backbone = use.pop("backbone")
     with MemoryAdvice(backbone, use["training"]):
+        gc.disable()  # see focusdpo_lib.uncollected: the libraries of a model are imported here
         model = backbones.load(backbone, accelerator.device, parts="network")
+        gc.freeze()
+        gc.enable()
         train(model, load(prepared), folder, **use, accelerator=accelerator)
     facts = gather_object([provenance.device() | {"peak_memory_bytes": provenance.peak_memory()}])
     if accelerator.is_main_process:
