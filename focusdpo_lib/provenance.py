@@ -6,6 +6,7 @@ import platform
 import resource
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,9 @@ def git_state() -> dict[str, Any] | None:
         return None
 
 
+@cache
 def versions() -> dict[str, str]:
-    """Installed versions of the packages that can change a result."""
+    """Installed versions of the packages that can change a result, as this process first found them."""
     found = {}
     for name in PACKAGES:
         try:

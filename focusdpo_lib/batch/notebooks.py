@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -189,12 +190,16 @@ def _explained(notebook: Path, output: Path, failed: Path) -> Iterator[None]:
         raise NotebookError(f"{text} (the notebook as far as it went: {failed})") from error
 
 
-def _export_html(notebook: Path) -> None:
+@cache  # it keeps the templates that it has read
+def _exporter() -> Any:
     from nbconvert import HTMLExporter
     from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
-    exporter = HTMLExporter(preprocessors=[CoalesceStreamsPreprocessor])  # a progress bar is its last line
-    page = exporter.from_filename(str(notebook))[0]
+    return HTMLExporter(preprocessors=[CoalesceStreamsPreprocessor])  # a progress bar is its last line
+
+
+def _export_html(notebook: Path) -> None:
+    page = _exporter().from_filename(str(notebook))[0]
     # The exporter sets listings that a cell displays in the font of the text.
     style = "<style>.jp-OutputArea-output .highlight pre {font-family: monospace; font-size: 90%}</style></head>"
     runs.write_text(notebook.with_suffix(".html"), page.replace("</head>", style, 1))
