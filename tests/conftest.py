@@ -3,9 +3,7 @@
 import gc
 import os
 
-import pytest
-
-# These files take longest, most of them in processes that they start: of several workers each begins with one.
+# These files take longest: of several workers each begins with one, and short ones are left for the end.
 LONG = (
     "batch_reproduce",
     "workers",
@@ -16,13 +14,15 @@ LONG = (
     "notebooks",
     "comparison",
     "engine_slurm",
+    "both_families",
+    "evaluation_agreement",
+    "mask_errors",
+    "training_loop",
+    "toybox_encoders",
+    "stages",
+    "backbone_flux_uno",
+    "dip",
 )
-
-
-@pytest.hookimpl(wrapper=True, optionalhook=True)
-def pytest_xdist_auto_num_workers():
-    """One more than xdist's choice: a test that waits for a process that it started leaves its core idle."""
-    return (yield) + 1
 
 
 def pytest_collection_modifyitems(items):
