@@ -6,12 +6,12 @@ import os
 # These files take longest: of several workers each begins with one, and short ones are left for the end.
 LONG = (
     "batch_reproduce",
+    "notebooks",
     "workers",
     "training_launch",
     "bench_count",
     "paper_profile",
     "bench",
-    "notebooks",
     "comparison",
     "engine_slurm",
     "both_families",

@@ -30,50 +30,79 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """The toybox's benchmark without its attributes: all that a folder in DreamBench's layout holds."""
-    folder = write_benchmark(tmp_path_factory.mktemp("data") / "plain", seed=1)
-    (folder / "attributes.json").unlink()
+    return without_attributes(tmp_path_factory.mktemp("data") / "plain")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Of that one case, and one photo a subject: the other subjects have no prompts."""
+    folder = without_attributes(tmp_path_factory.mktemp("data") / "small")
+    for photo in folder.glob("dataset/*/*.png"):
+        if photo.stem != "00":
+            photo.unlink()
+    cases = json.loads((folder / "cases_single.json").read_text("utf-8"))[:1]
+    cases[0]["image_paths"] = [str(Path(cases[0]["image_paths"][0]).with_name("00.png"))]
+    (folder / "cases_single.json").write_text(json.dumps(cases), encoding="utf-8")
     return folder
 
 
-def others(into: Path, plain: Path) -> Path:
+def without_attributes(into: Path) -> Path:
+    (write_benchmark(into, seed=1) / "attributes.json").unlink()
+    return into
+
+
+def others(into: Path, folder: Path) -> Path:
     """Another system's images of every first prompt, in PatchDPO's layout: the reference itself."""
-    for case in json.loads((plain / "cases_single.json").read_text("utf-8"))[::10]:
-        photo = plain / case["image_paths"][0]
+    for case in json.loads((folder / "cases_single.json").read_text("utf-8"))[::10]:
+        photo = folder / case["image_paths"][0]
         (into / "others" / photo.parent.name).mkdir(parents=True)
         shutil.copy(photo, into / "others" / photo.parent.name / f"{case['prompt']}.png")
     return into / "others"
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory, models, plain):
-    """Both tables' notebooks on that folder, nothing trained: their results."""
+def ran(tmp_path_factory, models, small, plain):
+    """Both tables' notebooks, the first on the small folder and the second on the plain one, nothing trained."""
     into = tmp_path_factory.mktemp("results")
     profile = write_tiny_profile(ROOT / "params" / "smoke", into / "params", models, BOOKS)
-    theirs = [{"row": "Theirs", "folder": str(others(into, plain)), "layout": "patchdpo", "commit": "558f0c2"}]
+    theirs = [{"row": "Theirs", "folder": str(others(into, small)), "layout": "patchdpo", "commit": "558f0c2"}]
+    over = {
+        "04_table1": {"benchmark.folder": str(small), "external.rows": theirs},
+        "05_table2": {"benchmark.folder": str(plain)},
+    }
     for name, book in BOOKS.items():
-        over = {"results": str(into), "benchmark.folder": str(plain)}
-        over |= {"external.rows": theirs} if name == "04_table1" else {}
-        job = Job(ROOT / "notebooks" / f"{book}.ipynb", into / "notebooks" / name, profile / f"{name}.yaml", over)
-        batch.execute(job, warm=True)
+        path = ROOT / "notebooks" / f"{book}.ipynb"
+        values = {"results": str(into), **over[name]}
+        batch.execute(Job(path, into / "notebooks" / name, profile / f"{name}.yaml", values), warm=True)
     return into
 
 
-@pytest.mark.parametrize(("name", "bases"), [("table1", ["UNO", "IPAP", "Theirs"]), ("table2", ["UNO"])])
-def test_a_notebook_leaves_out_what_only_attributes_tell_and_says_so(ran, name, bases):
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("table1", ["copy of the reference", "UNO", "IPAP", "Theirs"]),
+        ("table2", ["real photos", "copy of the reference", "UNO"]),
+    ],
+)
+def test_a_notebook_leaves_out_what_only_attributes_tell_and_says_so(ran, name, rows):
     number = {"table1": "04_table1", "table2": "05_table2"}[name]
     cells = nbformat.read(ran / "notebooks" / number / f"{number}.ipynb", 4).cells
     said = str([o for cell in cells if cell.cell_type == "code" for o in cell.outputs])
     assert "left out: this benchmark does not say which attributes its subjects have" in said
+    # Of one case with one photo a subject it tells no less, but for the anchor that needs two photos.
+    alone = "The anchor 'photos' is left out: there is one photo only of"
+    assert (alone in said) == (name == "table1")
     assert "holds no complete training run. Run notebook 03 with 03_uno_sft.yaml" in said
     assert "no adapter to compare with the base yet" in said
     result = pd.read_csv(ran / "tables" / name / "table.csv")
-    assert result["row"].drop_duplicates().tolist() == ["real photos", "copy of the reference", *bases]
+    assert result["row"].drop_duplicates().tolist() == rows
     assert not [column for column in result["column"] if column.startswith(("attribute", "leakage"))]
     assert "less is better" not in (ran / "tables" / name / "table.md").read_text()
     figures = {path.stem for path in (ran / "tables" / name).glob("*.png")}
     assert figures == {"samples", "means"}
     every = pd.read_csv(ran / "tables" / name / "all_rows.csv", index_col="method")
-    assert (every["state"] == "not run").sum() == {"table1": 7, "table2": 3}[name]  # of the paper's own rows
+    own = {"table1": 7, "table2": 3}[name]  # the paper's own rows
+    assert (every["state"] == "not run").sum() == own + (alone in said)
     assert every.filter(like="difference").isna().all(axis=None)
     for suffix in ("md", "tex"):
         assert "published only" in (ran / "tables" / name / f"all_rows.{suffix}").read_text()
@@ -87,26 +116,6 @@ def test_a_row_of_another_system_s_images_stands_in_the_table(ran):
     assert values["Theirs"].tolist() == pytest.approx(values["copy of the reference"].tolist(), abs=1e-6)
     said = str(nbformat.read(ran / "notebooks" / "04_table1" / "04_table1.ipynb", 4).cells)
     assert "Theirs: layout patchdpo, repository unknown, commit 558f0c2, command unknown" in said
-
-
-def test_a_benchmark_of_one_case_with_one_photo_a_subject_goes_through_the_notebook(tmp_path, models):
-    """The other subjects have no prompts; the anchor that needs two photos is left out, and said to be."""
-    folder = write_benchmark(tmp_path / "small", seed=1)
-    (folder / "attributes.json").unlink()
-    for photo in folder.glob("dataset/*/*.png"):
-        if photo.stem != "00":
-            photo.unlink()
-    cases = json.loads((folder / "cases_single.json").read_text("utf-8"))[:1]
-    cases[0]["image_paths"] = [str(Path(cases[0]["image_paths"][0]).with_name("00.png"))]
-    (folder / "cases_single.json").write_text(json.dumps(cases), encoding="utf-8")
-    profile = write_tiny_profile(ROOT / "params" / "smoke", tmp_path / "params", models, BOOKS)
-    over = {"results": str(tmp_path), "benchmark.folder": str(folder)}
-    book = ROOT / "notebooks" / f"{BOOKS['04_table1']}.ipynb"
-    batch.execute(Job(book, tmp_path / "notebooks" / "small", profile / "04_table1.yaml", over), warm=True)
-    said = str(nbformat.read(tmp_path / "notebooks" / "small" / "small.ipynb", 4).cells)
-    assert "The anchor 'photos' is left out: there is one photo only of" in said
-    result = pd.read_csv(tmp_path / "tables" / "table1" / "table.csv")
-    assert result["row"].drop_duplicates().tolist() == ["copy of the reference", "UNO", "IPAP"]
 
 
 # Which training runs may stand in a row
@@ -190,22 +199,28 @@ def test_images_that_the_reader_cannot_take_are_refused_before_they_are_made(tmp
         reader(torch.zeros(1, 3, 48, 64))
 
 
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """Results on DreamBench, whose photos are embedded once."""
+    return tmp_path_factory.mktemp("real")
+
+
 @needs_data
 @pytest.mark.parametrize(("kind", "columns"), [("single", 3), ("multi", 5)])
-def test_real_dreambench_goes_the_same_way(kind, columns, models, tmp_path):
+def test_real_dreambench_goes_the_same_way(kind, columns, models, real):
     """The dataset's photos and UNO's list of cases; one prompt of a few subjects, on tiny models."""
     lists = {kind: str(DATA / "uno" / f"dreambench_{kind}ip.json")}
     source = params.Benchmark(folder=str(DATA / "dreambench"), **lists)
-    benchmark = stages.load_benchmark(tmp_path, source, kind).first_prompts(1)
+    benchmark = stages.load_benchmark(real, source, kind).first_prompts(1)
     assert not benchmark.has_attributes
     rows = {"backbone": {"model": str(models / "flux_uno")}, "generation": {"steps": 1, "prompts": 1}}
     families = params.section("families", {"uno": rows}).given
     evaluation = params.section(
         "evaluation", {"bootstrap": 50} | {k: str(models / k) for k in ("dino", "clip", "reader")}
     )
-    images = comparison.make_images(tmp_path, benchmark, families, {})
+    images = comparison.make_images(real, benchmark, families, {})
     assert list(images) == ["uno"]
-    scores = comparison.score_rows(tmp_path, benchmark, images, stages.load_encoders(evaluation), evaluation, families)
+    scores = comparison.score_rows(real, benchmark, images, stages.load_encoders(evaluation), evaluation, families)
     result = tables.table(scores, evaluation)
     assert result["row"].drop_duplicates().tolist() == ["real photos", "copy of the reference", "UNO"]
     assert result["column"].nunique() == columns  # DINO, CLIP-I (two subjects: mean and minimum of each), CLIP-T
