@@ -16,8 +16,8 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Protocol
@@ -281,6 +281,17 @@ def forked() -> None:
     end_with(multiprocessing.parent_process())
     gc.freeze()
     gc.enable()
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Nothing is collected inside (see `uncollected`), and what has been imported at the end is never garbage."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def end_with(process: BaseProcess) -> None:

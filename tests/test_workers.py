@@ -1,5 +1,6 @@
 """Heavy stages in several processes: the result of one to the bit, deaths made good, and what a process raises."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -148,3 +149,10 @@ def test_a_variable_that_is_set_between_two_stages_reaches_the_second_s_processe
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", name)  # without a GPU a text as any other
         workers.run(Seen(tmp_path / name), tmp_path / name, 2, "items", "item")
         assert {(tmp_path / name / str(shard)).read_text() for shard in range(2)} == {name}
+
+
+def test_garbage_is_collected_again_after_imports_also_where_one_fails():
+    with pytest.raises(ImportError), workers.importing():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled() and gc.get_freeze_count() > 0

@@ -13,7 +13,6 @@ The engine `ray` needs none of this: it hands the same worker to Ray Train (see 
 
 import argparse
 import codecs
-import gc
 import os
 import signal
 import subprocess
@@ -31,7 +30,7 @@ from focusdpo_lib import backbones, params, provenance, runs
 from focusdpo_lib.training import TrainingError, ranks, train
 from focusdpo_lib.training.memory import MemoryAdvice
 from focusdpo_lib.training.pairs import load
-from focusdpo_lib.workers import end_with_stdin
+from focusdpo_lib.workers import end_with_stdin, importing
 
 FACTS = "processes.json"  # the device and peak memory of every process
 LOG = "launch-{}.log"  # what the processes of a machine write to stderr; kept when they fail
@@ -138,10 +137,8 @@ def work(folder: Path, prepared: Path) -> None:
         )
     backbone = use.pop("backbone")
     with MemoryAdvice(backbone, use["training"]):
-        gc.disable()  # see focusdpo_lib.uncollected: the libraries of a model are imported here
-        model = backbones.load(backbone, accelerator.device, parts="network")
-        gc.freeze()
-        gc.enable()
+        with importing():
+            model = backbones.load(backbone, accelerator.device, parts="network")
         train(model, load(prepared), folder, **use, accelerator=accelerator)
     facts = gather_object([provenance.device() | {"peak_memory_bytes": provenance.peak_memory()}])
     if accelerator.is_main_process:
