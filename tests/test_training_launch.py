@@ -84,7 +84,8 @@ def test_two_machines_give_the_weights_of_one_process_that_accumulates(results, 
         time.sleep(0.1)
     (prepared,) = (results / "prepared").iterdir()
     words = f"--processes 2 --machines 2 --machine-rank 1 --main-address 127.0.0.1 --main-port {port}"
-    assert launch.main([str(folder), "--pairs", str(prepared), *words.split()]) == 0
+    code = launch.main([str(folder), "--pairs", str(prepared), *words.split()])
+    assert code == 0, "\n".join(log.read_text() for log in folder.glob("launch-*.log"))
     first.join(100)
     shown, errors = capfd.readouterr()
     assert "4/4" in shown and not errors.strip()
