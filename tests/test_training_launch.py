@@ -222,6 +222,25 @@ def test_a_process_that_trains_ends_so_before_anything_else(tmp_path, monkeypatc
     assert asked == ["stdin"]
 
 
+def leaves(folder: Path) -> None:
+    sys.stdout = open(folder / "shown", "w")  # noqa: SIM115 - nobody closes it, as nobody closes a process's stdout
+    try:
+        print("done", end="")
+        launch.leave(3)
+    finally:
+        (folder / "torn down").touch()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_a_process_that_leaves_tears_nothing_down_but_what_it_printed_is_there(tmp_path):
+    child = multiprocessing.get_context("fork").Process(target=leaves, args=(tmp_path,))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["shown"]
+    assert (tmp_path / "shown").read_text() == "done"
+
+
 def test_a_folder_is_trained_by_one_process_at_a_time(tmp_path):
     with held(tmp_path), pytest.raises(RunError, match="another process is training"), held(tmp_path):
         pass
