@@ -1,10 +1,13 @@
 """The paper's profile: its files fit the notebooks, its presets go over them, and its path runs on tiny models."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 from tiny_models import write_tiny_sdxl_ip
 from tiny_training import tiny_pairs
 
@@ -16,6 +19,7 @@ from focusdpo_lib.dip import toybox
 from focusdpo_lib.dip.dataset import write_dataset
 from focusdpo_lib.params import ParameterError
 from focusdpo_lib.toybox.benchmark import write_benchmark
+from focusdpo_lib.training import ADAPTER
 from focusdpo_lib.training.memory import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -86,15 +90,17 @@ def tiny_validation():
 
 
 def test_the_paper_s_training_runs_with_a_tiny_model_in_child_processes(home, tmp_path):
-    """Notebook 03 from params/paper, with what a laptop has in place of models, pairs and benchmark."""
+    """Notebook 03 from params/paper, with what a laptop has in place of models, pairs and benchmark.
+
+    Two processes of this machine give the weights of one, this one, that accumulates.
+    """
     over = {
         "results": str(tmp_path / "results"),
         "samples": 1,
         "dip.folder": str(home / "pairs"),
         "benchmark": {"folder": str(home / "benchmark")},
-        "training.processes": 1,
+        "training.processes": 2,
         "workers.processes": 2,
-        "training.gradient_accumulation": 2,
         "training.steps": 2,
         "training.lora": {"rank": 2},
         "generation": {"size": 64, "steps": 1, "guidance": 2.0},
@@ -102,14 +108,25 @@ def test_the_paper_s_training_runs_with_a_tiny_model_in_child_processes(home, tm
         "backbone.model": str(home / "model"),
     }
     file = PAPER / "03_ipap_focusdpo.yaml"
-    folder = tmp_path / "results" / "training" / "ipap_focusdpo-seed0"
+    results = tmp_path / "results"
+    folder = results / "training" / "ipap_focusdpo-seed0"
     execute(Job(book(file), tmp_path / "notebooks" / file.stem, file, over, products=[folder]), warm=True)
     assert runs.is_complete(folder)
     kept = yaml.safe_load((folder / "params.yaml").read_text())
-    assert kept["backbone"]["weights"] == "bfloat16" and kept["training"]["processes"] == 1
+    assert kept["backbone"]["weights"] == "bfloat16" and kept["training"]["processes"] == 2
     assert "base_model" not in (folder / "adapter" / "README.md").read_text()
     log = np.genfromtxt(folder / "steps.csv", delimiter=",", names=True, dtype=None, encoding=None)
     assert len(log) == 4 and set(log["step"]) == {0, 1}
+    assert len(json.loads((folder / "provenance.json").read_text())["processes"]) == 2
+    kept["training"] |= {"processes": None, "gradient_accumulation": 2}
+    use = [params.section(name, kept[name]) for name in ("backbone", "objective", "masks", "training")]
+    pairs = stages.build_pairs(results, "pairs", params.Dip(folder=str(home / "pairs")))
+    alone = stages.train_adapter(results, "alone", pairs, *use)
+    ours, theirs = (load_file(run / ADAPTER / "pytorch_lora_weights.safetensors") for run in (folder, alone))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.allclose(value, theirs[name], atol=1e-6) for name, value in ours.items())
+    assert (folder / "steps.csv").read_bytes() == (alone / "steps.csv").read_bytes()
+    assert len(list((results / "prepared").iterdir())) == 1, "both trainings share what was prepared"
 
 
 def test_a_folder_without_pairs_is_named(tmp_path):

@@ -63,15 +63,11 @@ def same_weights(folder, other):
     return all(torch.allclose(value, theirs[name], atol=1e-6) for name, value in ours.items())
 
 
-def test_two_processes_of_a_machine_give_the_weights_of_one_that_accumulates(results, tiny_flux, one):
-    folder = train(results, tiny_flux, "of_a_machine", processes=2)
-    assert is_complete(folder) and same_weights(folder, one)
-    assert (folder / "steps.csv").read_bytes() == (one / "steps.csv").read_bytes()
-    assert len(launch.runs._read_json(folder / "provenance.json")["processes"]) == 2
-
-
 def test_two_machines_give_the_weights_of_one_process_that_accumulates(results, tiny_flux, one, capfd):
-    """Both machines are this one: they share its files and meet at a port of it."""
+    """Both machines are this one: they share its files and meet at a port of it.
+
+    Two processes of one machine are trained from a notebook, in test_paper_profile.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

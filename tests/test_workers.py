@@ -18,7 +18,7 @@ from focusdpo_lib.evaluation.benchmark import Benchmark
 from focusdpo_lib.runs import PARTIAL, RunError
 from focusdpo_lib.training import ADAPTER
 
-DIP = params.Dip(train_pairs=70, validation_pairs=70, two_subject_share=0.3)
+DIP = params.Dip(train_pairs=12, validation_pairs=46, two_subject_share=0.2)
 
 
 def run(folder, processes=3, **how):
