@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+import time
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -226,6 +227,7 @@ def test_one_process_prepares_and_others_wait_for_it(tiny_flux, tmp_path, capsys
     """The first in a process of its own, as it is where several GPUs train."""
     write_dataset(tmp_path / "pairs", {"train": tiny_pairs(2)})
     backbone, results, folders = params.Backbone(model=str(tiny_flux), precision="float32"), tmp_path / "results", []
+    said, deadline = "", time.monotonic() + 60
 
     def prepare(own_process=False):
         made = stages.prepare_pairs(results, tmp_path / "pairs", backbone, params.Masks(), own_process=own_process)
@@ -236,10 +238,11 @@ def test_one_process_prepares_and_others_wait_for_it(tiny_flux, tmp_path, capsys
     other = threading.Thread(target=prepare)
     with locked(folders[0] / LOCK):
         other.start()
-        other.join(2)
-        assert other.is_alive() and [p.name for p in folders[0].iterdir()] == [LOCK]
+        while f"another process makes {folders[0]}: waiting for it" not in (said := said + capsys.readouterr().out):
+            assert other.is_alive() and time.monotonic() < deadline
+            time.sleep(0.05)
+        assert [p.name for p in folders[0].iterdir()] == [LOCK]
         shutil.copytree(tmp_path / "made", folders[0], dirs_exist_ok=True)  # what the first process made meanwhile
         monkeypatch.setattr(stages, "prepare_into", None)
     other.join(60)
     assert folders[0] == folders[1]
-    assert f"another process makes {folders[0]}: waiting for it" in capsys.readouterr().out
