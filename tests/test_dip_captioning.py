@@ -203,10 +203,9 @@ def test_a_server_that_only_trickles_is_named(tmp_path):
 
 
 def test_a_slow_answer_counts_as_lost_and_is_asked_for_again(tmp_path):
+    """The second comes within the time, also on a slow machine."""
     with caption_server("silent", completion(answer("cat"))) as server:
-        (made,) = stage(server, tmp_path, timeout=1.0).open()(
-            [draft()]
-        )  # the second comes within, also where all is slow
+        (made,) = stage(server, tmp_path, timeout=1.0).open()([draft()])
         assert not made.dropped and len(server.requests) == 2
 
 

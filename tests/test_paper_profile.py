@@ -5,11 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
-from safetensors.torch import load_file
 from tiny_models import write_tiny_sdxl_ip
-from tiny_training import tiny_pairs
+from tiny_training import assert_same_weights, tiny_pairs
 
 from focusdpo_lib import params, runs, stages
 from focusdpo_lib.batch import Job, execute, notebooks, resolved
@@ -19,7 +17,6 @@ from focusdpo_lib.dip import toybox
 from focusdpo_lib.dip.dataset import write_dataset
 from focusdpo_lib.params import ParameterError
 from focusdpo_lib.toybox.benchmark import write_benchmark
-from focusdpo_lib.training import ADAPTER
 from focusdpo_lib.training.memory import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -89,13 +86,12 @@ def tiny_validation():
     ]
 
 
-def test_the_paper_s_training_runs_with_a_tiny_model_in_child_processes(home, tmp_path):
-    """Notebook 03 from params/paper, with what a laptop has in place of models, pairs and benchmark.
-
-    Two processes of this machine give the weights of one, this one, that accumulates.
-    """
+@pytest.fixture(scope="module")
+def trained(home, tmp_path_factory):
+    """The run of notebook 03 from params/paper, with what a laptop has in place of models, pairs and benchmark."""
+    into = tmp_path_factory.mktemp("trained")
     over = {
-        "results": str(tmp_path / "results"),
+        "results": str(into / "results"),
         "samples": 1,
         "dip.folder": str(home / "pairs"),
         "benchmark": {"folder": str(home / "benchmark")},
@@ -108,24 +104,29 @@ def test_the_paper_s_training_runs_with_a_tiny_model_in_child_processes(home, tm
         "backbone.model": str(home / "model"),
     }
     file = PAPER / "03_ipap_focusdpo.yaml"
-    results = tmp_path / "results"
-    folder = results / "training" / "ipap_focusdpo-seed0"
-    execute(Job(book(file), tmp_path / "notebooks" / file.stem, file, over, products=[folder]), warm=True)
-    assert runs.is_complete(folder)
-    kept = yaml.safe_load((folder / "params.yaml").read_text())
+    folder = into / "results" / "training" / "ipap_focusdpo-seed0"
+    execute(Job(book(file), into / "notebooks" / file.stem, file, over, products=[folder]), warm=True)
+    return folder
+
+
+def test_the_paper_s_training_runs_with_a_tiny_model_in_child_processes(trained):
+    assert runs.is_complete(trained)
+    kept = yaml.safe_load((trained / "params.yaml").read_text())
     assert kept["backbone"]["weights"] == "bfloat16" and kept["training"]["processes"] == 2
-    assert "base_model" not in (folder / "adapter" / "README.md").read_text()
-    log = np.genfromtxt(folder / "steps.csv", delimiter=",", names=True, dtype=None, encoding=None)
+    assert "base_model" not in (trained / "adapter" / "README.md").read_text()
+    log = np.genfromtxt(trained / "steps.csv", delimiter=",", names=True, dtype=None, encoding=None)
     assert len(log) == 4 and set(log["step"]) == {0, 1}
-    assert len(json.loads((folder / "provenance.json").read_text())["processes"]) == 2
+    assert len(json.loads((trained / "provenance.json").read_text())["processes"]) == 2
+
+
+def test_two_processes_of_a_machine_give_the_weights_of_one_that_accumulates(trained, home):
+    results, kept = trained.parents[1], yaml.safe_load((trained / "params.yaml").read_text())
     kept["training"] |= {"processes": None, "gradient_accumulation": 2}
     use = [params.section(name, kept[name]) for name in ("backbone", "objective", "masks", "training")]
     pairs = stages.build_pairs(results, "pairs", params.Dip(folder=str(home / "pairs")))
-    alone = stages.train_adapter(results, "alone", pairs, *use)
-    ours, theirs = (load_file(run / ADAPTER / "pytorch_lora_weights.safetensors") for run in (folder, alone))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.allclose(value, theirs[name], atol=1e-6) for name, value in ours.items())
-    assert (folder / "steps.csv").read_bytes() == (alone / "steps.csv").read_bytes()
+    one = stages.train_adapter(results, "one", pairs, *use)
+    assert_same_weights(trained, one, exactly=False)
+    assert (trained / "steps.csv").read_bytes() == (one / "steps.csv").read_bytes()
     assert len(list((results / "prepared").iterdir())) == 1, "both trainings share what was prepared"
 
 

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from scipy import stats
-from tiny_training import TRAINING, child_train, load_tiny, tiny_train
+from tiny_training import TRAINING, adapter, assert_same_weights, child_train, load_tiny, tiny_train
 
 from focusdpo_lib import grade, params
 from focusdpo_lib.batch import warm
@@ -38,17 +38,6 @@ from focusdpo_lib.training.pairs import pixels, prepare
 
 OBJECTIVES = ("sft", "dpo", "patchdpo", "focusdpo")
 CHILDREN = warm.context  # imports once what every child needs
-
-
-def adapter(folder):
-    return load_file(folder / ADAPTER / "pytorch_lora_weights.safetensors")
-
-
-def assert_same_weights(first, second, exactly=True):
-    first, second = adapter(first), adapter(second)
-    assert first.keys() == second.keys()
-    for name, weight in first.items():
-        assert torch.equal(weight, second[name]) if exactly else torch.allclose(weight, second[name], atol=1e-6)
 
 
 def read_log(folder):

@@ -227,7 +227,6 @@ def test_one_process_prepares_and_others_wait_for_it(tiny_flux, tmp_path, capsys
     """The first in a process of its own, as it is where several GPUs train."""
     write_dataset(tmp_path / "pairs", {"train": tiny_pairs(2)})
     backbone, results, folders = params.Backbone(model=str(tiny_flux), precision="float32"), tmp_path / "results", []
-    said, deadline = "", time.monotonic() + 60
 
     def prepare(own_process=False):
         made = stages.prepare_pairs(results, tmp_path / "pairs", backbone, params.Masks(), own_process=own_process)
@@ -235,7 +234,7 @@ def test_one_process_prepares_and_others_wait_for_it(tiny_flux, tmp_path, capsys
 
     prepare(own_process=True)
     shutil.move(folders[0], tmp_path / "made")
-    other = threading.Thread(target=prepare)
+    other, said, deadline = threading.Thread(target=prepare), "", time.monotonic() + 60
     with locked(folders[0] / LOCK):
         other.start()
         while f"another process makes {folders[0]}: waiting for it" not in (said := said + capsys.readouterr().out):

@@ -18,6 +18,7 @@ from focusdpo_lib.evaluation.benchmark import Benchmark
 from focusdpo_lib.runs import PARTIAL, RunError
 from focusdpo_lib.training import ADAPTER
 
+# Of 46 pairs 38 have one subject: two batches of errors, and one of the others.
 DIP = params.Dip(train_pairs=12, validation_pairs=46, two_subject_share=0.2)
 
 

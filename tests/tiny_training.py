@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 
 from focusdpo_lib import backbones, params
 from focusdpo_lib.backbones import BackboneError
 from focusdpo_lib.dip import toybox
 from focusdpo_lib.dip.dataset import Pair
-from focusdpo_lib.training import train
+from focusdpo_lib.training import ADAPTER, train
 from focusdpo_lib.training.pairs import PreparedPairs, prepare
 
 TRAINING = {"batch_size": 2, "learning_rate": 1e-2, "warmup_steps": 0, "lora": {"rank": 2}}
@@ -62,6 +63,19 @@ def tiny_train(model: Path, data: dict[int, PreparedPairs], folder: Path, object
         stop_after=stop_after,
     )
     return backbone
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights that the training run in `folder` ended with."""
+    return load_file(folder / ADAPTER / "pytorch_lora_weights.safetensors")
+
+
+def assert_same_weights(run: Path, other: Path, exactly: bool = True) -> None:
+    ours, theirs = adapter(run), adapter(other)
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        same = torch.equal(weight, theirs[name]) if exactly else torch.allclose(weight, theirs[name], atol=1e-6)
+        assert same, name
 
 
 def child_train(model: Path, folder: Path, settings: dict, rank: int = 0, processes: int = 1, port: int = 0) -> None:
